@@ -1,0 +1,59 @@
+# Everything a person or a machine runs. Each target installs first, once, into a .venv of its own.
+#
+#   make distill    the main job on the small world: prepare, distil, baseline, evaluate
+#   make test       all tests                       make check    format, lint, types, layers
+#   make bench      ratios to bare loops            make clean    all that these commands made
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+# Ray's workers look up `python`, and DeepSpeed `ninja`, on PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Two processes with a pool of threads each are slower than two with one thread each.
+export OMP_NUM_THREADS ?= 1
+# Ray, W&B and the hub speak to nobody.
+export RAY_USAGE_STATS_ENABLED ?= 0
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install distill test test-unit test-cluster check format bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("raydistill needs Python >= 3.11: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 --editable '.[dev]'
+	touch $@
+
+distill: install
+	python jobs/prepare.py --config jobs/tiny/prepare.yaml
+	python jobs/distill.py --config jobs/tiny/distill.yaml
+	python jobs/distill.py --config jobs/tiny/single.yaml
+	python jobs/evaluate.py --config jobs/tiny/evaluate.yaml
+
+test: test-unit test-cluster
+
+test-unit: install
+	DS_ACCELERATOR=cpu python -m pytest -n 2 --dist loadfile tests/unit tests/property
+
+# One after the other: each starts processes of its own, and there may be no more than two cores.
+test-cluster: install
+	DS_ACCELERATOR=cpu python -m pytest --durations 10 $(wildcard tests/distributed tests/e2e tests/device)
+
+check: install
+	ruff format --check --diff --quiet .
+	ruff check .
+	pyright --warnings
+	lint-imports --no-logo
+
+format: install
+	ruff format .
+	ruff check --fix .
+
+bench: install
+	for file in tests/bench/bench_*.py; do python $$file || exit 1; done
+
+clean:
+	rm -rf build dist runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,166 @@
+"""Distil a many-step teacher into a few-step student.
+
+    python jobs/distill.py --config jobs/tiny/distill.yaml [key=value ...]
+    python jobs/distill.py --config jobs/tiny/distill.yaml --analyse
+
+Run the same command again and it goes on where it stopped.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from raydistill.artifacts import LatentStore, tree_digest
+from raydistill.config.distill import DistillConfig
+from raydistill.config.load import dump, from_command_line, run
+from raydistill.errors import StaleArtifact
+from raydistill.evaluation.analysis_plots import draw_analysis
+from raydistill.experts.analyse import analyse
+from raydistill.experts.launch import Feed, Worker, cluster, launch
+from raydistill.experts.stages import build_segment
+from raydistill.experts.worker import Run, load_result, require_own_checkpoints, settings_of, train
+from raydistill.models.wan import load_teacher
+from raydistill.sampler import SamplingPlan, build_plan
+from raydistill.student import Card, save_student
+from raydistill.trajectories.flow import feed, iter_batches
+from raydistill.trajectories.plan import Plan, Source
+
+SWITCHES = {
+    "analyse": "draw loss, gradient and x0 change by noise level for this teacher, and propose a boundary"
+}
+
+
+def build_data_plan(config: DistillConfig, store: LatentStore, global_batch: int) -> Plan:
+    """One source: every row once per epoch, in an order keyed by the seed."""
+    source = Source(name="video", num_rows=len(store), weight=1.0, digest=store.fingerprint)
+    return Plan(seed=config.seed, global_batch=global_batch, sources=(source,))
+
+
+def batches_of(plan: Plan, worker: Worker, micro_batch: int):
+    """This worker's micro-batches, checked against the plan."""
+    replaced = worker.run_dir / "quarantine.jsonl"
+    ranks = (worker.rank, worker.world_size)
+    return iter_batches(worker.shard, plan, *ranks, micro_batch, worker.start_step, quarantine=replaced)
+
+
+def run_stage(
+    config: DistillConfig, name: str, store: LatentStore, semantic: Path | None, digests: dict
+) -> Path:
+    """Run one stage on Ray and return its last checkpoint."""
+    stage = config.semantic if name == "semantic" else config.detail
+    plan = build_data_plan(config, store, stage.global_batch)
+    row = store.row(0)
+    told = Run(
+        config=config,
+        settings=settings_of(config, name, digests),
+        plan=plan.state(0),
+        batches=partial(batches_of, plan),
+        example=(torch.from_numpy(row.latents.copy())[None], torch.from_numpy(row.text.copy())[None]),
+        semantic=semantic,
+    )
+
+    require_own_checkpoints(told, name)
+
+    def feed_from(start_step: int):
+        return feed(
+            plan,
+            {"video": config.data},
+            start_step=start_step,
+            num_steps=stage.num_steps,
+            world_size=config.scale.num_workers,
+            micro_batch=stage.micro_batch,
+        )
+
+    data: Feed = feed_from
+    return launch(
+        train,
+        config=told,
+        scale=config.scale,
+        stage=name,
+        num_steps=stage.num_steps,
+        run_dir=config.output,
+        feed=data,
+        resume=config.resume,
+    )
+
+
+def plans_of(config: DistillConfig) -> dict[int, SamplingPlan]:
+    """The sampling plans that are stored with the student."""
+    segment = build_segment(config, "semantic")
+    boundary = None if config.experts == "single" else segment.lower
+    return {n: build_plan(n, boundary, segment.grid, config.sampling.path) for n in config.sampling.num_steps}
+
+
+def export(
+    config: DistillConfig, store: LatentStore, digests: dict, semantic: Path, detail: Path | None
+) -> Path:
+    """Write the student folder from the stages' last checkpoints."""
+    teacher = load_teacher(config.teacher)
+    first = load_result(config, semantic, teacher)
+    second = load_result(config, detail, teacher, first) if detail else None
+    row = store.row(0)
+    card = Card(
+        kind=config.experts,
+        boundary=None if config.experts == "single" else build_segment(config, "semantic").lower,
+        grid=build_segment(config, "semantic").grid,
+        guidance_scale=config.guidance_scale,
+        latent_shape=row.latents.shape,
+        text_shape=row.text.shape,
+        lora=(config.detail.lora_rank, config.detail.lora_alpha) if config.experts == "dual" else None,
+        sources={**digests, "seed": config.seed},
+    )
+    folder = Path(config.output) / "student"
+    save_student(folder, card, first, second, plans_of(config))
+    return folder
+
+
+def check(config: DistillConfig, store: LatentStore) -> dict[str, str]:
+    """Find whatever would stop the run later, before anything is started; return the inputs' digests."""
+    if (Path(config.codec) / "config.json").is_file():
+        store.require_codec(tree_digest(config.codec))
+    row, net = store.row(0), load_teacher(config.teacher).transformer.config
+    if (net["in_channels"], net["text_dim"]) != (row.latents.shape[0], row.text.shape[1]):
+        raise StaleArtifact(
+            f"{config.teacher} takes {net['in_channels']} latent channels, text of width {net['text_dim']}; "
+            f"{config.data} has {row.latents.shape[0]} and {row.text.shape[1]}: "
+            "prepare with the teacher's own codec"
+        )
+    for stage in ("semantic",) if config.experts == "single" else ("semantic", "detail"):
+        build_segment(config, stage)
+    plans_of(config)
+    return {"teacher": tree_digest(config.teacher), "latents": store.fingerprint}
+
+
+def analyse_teacher(config: DistillConfig, store: LatentStore) -> None:
+    """Draw `analysis.png` and print the boundary that it proposes."""
+
+    def read(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        row = store.row(i)
+        return torch.from_numpy(row.latents.copy()), torch.from_numpy(row.text.copy())
+
+    result = analyse(config, read, len(store), report=print)
+    picture = Path(config.output) / "analysis.png"
+    draw_analysis(result, picture)
+    print(f"{picture}: proposed boundary={result['boundary']:.4g}, in use {config.boundary:.4g}")
+
+
+def main() -> None:
+    """Check everything, then train both stages and export the student."""
+    config, switches = from_command_line(DistillConfig, sys.argv[1:], switches=SWITCHES)
+    store = LatentStore(config.data)
+    digests = check(config, store)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    if "analyse" in switches:
+        analyse_teacher(config, store)
+        return
+    dump(config, Path(config.output) / "config.yaml")
+    with cluster(config.scale):
+        semantic = run_stage(config, "semantic", store, None, digests)
+        detail = None if config.experts == "single" else run_stage(config, "detail", store, semantic, digests)
+    print(f"student: {export(config, store, digests, semantic, detail)}")
+
+
+if __name__ == "__main__":
+    run(main)

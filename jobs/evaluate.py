@@ -1,0 +1,119 @@
+"""Measure the teacher, its students and their mixtures on captions held out from training; write a report.
+
+    python jobs/evaluate.py --config jobs/tiny/evaluate.yaml
+    python jobs/evaluate.py --config jobs/tiny/evaluate.yaml num_clips=576 --update-readme
+
+A second run goes on where the first stopped: samplers already measured are read back from <output>/records.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from raydistill.artifacts import tree_digest
+from raydistill.config.evaluate import EvaluateConfig
+from raydistill.config.load import from_command_line, run
+from raydistill.errors import MissingArtifact
+from raydistill.evaluation.build import build_report
+from raydistill.evaluation.candidates import build_lineup
+from raydistill.evaluation.measures import Asked
+from raydistill.evaluation.report import publish_pictures, update_readme
+from raydistill.evaluation.run import Setting
+from raydistill.models.codec import load_codec
+from raydistill.models.judge import Judge, load_judge
+from raydistill.models.text import WordVectors
+from raydistill.world import sprites
+
+HELD_OUT = tuple(a for a in sprites.ALL if sprites.held_out(a))
+SWITCHES = {"update-readme": "put the table into README.md and the pictures into docs/"}
+
+
+def attributes_of(clip: int) -> sprites.Attributes:
+    """Held-out attributes of clip number `clip`: neighbours differ, 36 in a row are all of them."""
+    return HELD_OUT[7 * clip % len(HELD_OUT)]
+
+
+def ask(num_clips: int) -> Asked:
+    """Captions and what they demand."""
+    chosen = [attributes_of(i) for i in range(num_clips)]
+    names = ("shape", "colour", "direction", "background", "speed")
+    return Asked(
+        captions=tuple(a.caption() for a in chosen),
+        attributes={name: tuple(getattr(a, name) for a in chosen) for name in names},
+        heading=np.array([sprites.DIRECTIONS[a.direction] for a in chosen], dtype=np.float64),
+        speed=np.array([sprites.SPEEDS[a.speed] for a in chosen]),
+    )
+
+
+def draw_clips(num_clips: int, seed: int, purpose: str) -> np.ndarray:
+    """Real clips of the held-out captions, uint8 (n, f, h, w, 3)."""
+    first = {"real": 0, "control": 500_000}[purpose] + 1_000_000 * seed
+    return np.stack(
+        [sprites.render(sprites.draw_scene(first + i, attributes_of(i))) for i in range(num_clips)]
+    )
+
+
+def _judge(config: EvaluateConfig) -> tuple[Judge | None, str]:
+    try:
+        return load_judge(config.judge), tree_digest(config.judge)
+    except MissingArtifact:
+        if config.strict:
+            raise
+        return None, "absent"
+
+
+def make_setting(config: EvaluateConfig) -> Setting:
+    """Captions, real clips, codec and judge of the small world."""
+    asked = ask(config.num_clips)
+    judge, digest = _judge(config)
+    return Setting(
+        asked=asked,
+        text=WordVectors()(asked.captions),
+        seed=config.seed,
+        real=draw_clips(config.reference_clips, config.seed, "real"),
+        control=draw_clips(config.num_clips, config.seed, "control"),
+        codec=load_codec(config.codec),
+        judge=judge,
+        batch_size=config.batch_size,
+        identity={
+            "codec": tree_digest(config.codec),
+            "judge": digest,
+            "world": tree_digest(sprites.__file__),
+            "reference_clips": config.reference_clips,
+        },
+    )
+
+
+def main() -> None:
+    """Run; see the module's docstring."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config, switches = from_command_line(EvaluateConfig, sys.argv[1:], switches=SWITCHES)
+    torch.set_num_threads(config.threads)
+    setting = make_setting(config)
+    lineup = build_lineup(config, WordVectors()([""])[0])
+    with tqdm(total=len(lineup.candidates) * config.num_clips, unit="clip", mininterval=1.0) as bar:
+        last: dict[str, int] = {}
+
+        def progress(title: str, done: int, _total: int) -> None:
+            bar.set_description(title, refresh=False)
+            bar.update(done - last.get(title, 0))
+            last[title] = done
+
+        report = build_report(config, setting, lineup, progress)
+    output = Path(config.output)
+    print((output / "report" / "table.md").read_text(encoding="utf-8"))
+    for one in report.results["skipped"]:
+        print(f"skipped {one['what']}: {one['reason']}")
+    print(f"\nreport: {output / 'report.html'}")
+    if "update-readme" in switches:
+        publish_pictures({k: v for k, v in report.pictures.items() if k != "losses"}, "docs")
+        update_readme("README.md", (output / "report" / "table.md").read_text(encoding="utf-8"))
+        print("README.md and docs/ hold this table and its pictures")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,202 @@
+"""Media files become latents.
+
+    python jobs/prepare.py --config jobs/tiny/prepare.yaml [key=value ...]
+    python jobs/prepare.py source.kind=videos source.path=FOLDER encode.codec=CODEC clip.num_frames=81 ...
+
+Draw the small world or list a folder; hash; decode in child processes; encode; commit shard by shard. Run the
+same command again after a stop: finished shards are kept and their files not read again.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from raydistill.artifacts import LATENTS_SCHEMA_VERSION, Manifest, fingerprint, write_json
+from raydistill.config.load import dump, from_command_line, run
+from raydistill.config.prepare import PrepareConfig
+from raydistill.errors import PrepareError
+from raydistill.flow import connect
+from raydistill.latents.encode import NORMALISATION, models_identity, require_length
+from raydistill.latents.flow import EncodeOptions, encode_shards
+from raydistill.latents.progress import meter
+from raydistill.latents.shards import (
+    disk_full_explained,
+    finished_shard,
+    point_to,
+    write_artifact,
+    write_quarantine,
+)
+from raydistill.latents.tally import Tally
+from raydistill.models.text import WordVectors
+from raydistill.world.clips import FILTERED, Cut, decoder_versions
+from raydistill.world.flow import DecodeOptions, decode_shards, index, write_world
+from raydistill.world.folder import (
+    LANES,
+    Source,
+    describe_source,
+    list_sources,
+    missing_captions_message,
+    read_captions_file,
+)
+from raydistill.world.inputs import Input, Shard, deal, mark_duplicates
+from raydistill.world.media import Limits
+
+
+def identity_of(config: PrepareConfig) -> dict[str, Any]:
+    """Everything that shapes the rows; what only shapes the run (actors, deadlines, paths) is not in it."""
+    clip, limits = config.clip, config.limits
+    text = WordVectors(config.encode.text_tokens, config.encode.text_width)
+    return {
+        "stage": "prepare",
+        "schema_version": LATENTS_SCHEMA_VERSION,
+        "lane": LANES["images" if config.source.kind == "images" else "videos"],
+        "caption_policy": config.source.caption_policy,
+        "clip": {name: getattr(clip, name) for name in sorted(vars(clip))},
+        "limits": {
+            n: getattr(limits, n) for n in ("max_bytes", "max_duration_s", "max_packets", "max_pixels")
+        },
+        "dtype": config.encode.dtype,
+        "normalisation": NORMALISATION,
+        "models": models_identity(config.encode.codec, text),
+        "decoders": decoder_versions(),
+    }
+
+
+def find_sources(config: PrepareConfig) -> list[Source]:
+    """Draw the small world, or list the user's folder."""
+    source = config.source
+    if source.kind != "sprites":
+        found, others = list_sources(source.path, source.kind)
+        print(f"{len(found)} {source.kind} below {source.path}, {others} other files")
+        return found
+    with meter("drawing", source.num_clips) as progress, disk_full_explained(Path(source.path)):
+        names = write_world(source.path, source.num_clips, source.seed, report=progress.show)
+    return [describe_source(Path(source.path, name), name) for name in names]
+
+
+def look_at(config: PrepareConfig, sources: list[Source]) -> list[Input]:
+    """Hash files and find captions; earlier hashes are believed where size and time of change agree."""
+    source, memory = config.source, Path(config.output) / "inputs.json"
+    root = str(Path(source.path).absolute())
+    try:
+        remembered = json.loads(memory.read_bytes())
+        known = {tuple(key): sha for *key, sha in remembered["files"]} if remembered["root"] == root else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}  # only a shortcut
+    captions = read_captions_file(source.captions) if source.captions else None
+    found = index(source.path, sources, policy=source.caption_policy, captions=captions, known=known)
+    write_json(
+        memory, {"root": root, "files": [[i.uri, i.bytes, i.mtime_ns, i.sha256] for i in found if i.sha256]}
+    )
+    missing = [i.uri for i in found if i.reason == "missing_caption"]
+    if missing and source.caption_policy == "error":
+        raise PrepareError(missing_captions_message(missing))
+    return mark_duplicates(found)
+
+
+def encode(config: PrepareConfig, identity: Mapping[str, Any], folder: Path, inputs: list[Input]) -> Tally:
+    """Prepare all shards that are not finished, then write the manifest over all of them."""
+    tolerance, shards = config.tolerance, deal(inputs, config.shard.files_per_shard)
+    tally = Tally(
+        len(inputs), tolerance.max_bad_fraction, tolerance.max_bad_in_a_row, where=str(folder / "quarantine")
+    )
+    settled = [i for i in inputs if i.reason]
+    write_quarantine(
+        folder, "listing", [{**i.to_json(), "stage": "list"} for i in settled if i.reason not in FILTERED]
+    )
+    tally.add([("filtered" if i.reason in FILTERED else "quarantined", i.reason) for i in settled])
+    done = {s.name: m for s in shards if (m := finished_shard(folder, s.name, identity))}
+    for manifest in done.values():
+        tally.add_shard(manifest.facts)
+    earlier = tally.clips, tally.video_s
+    todo = [s for s in shards if s.name not in done]
+    with meter("preparing", len(inputs)) as progress:
+        progress.show(tally.seen, bad=tally.bad)
+        for manifest in decode_and_encode(config, identity, folder, todo) if todo else ():
+            done[next(iter(manifest.files)).removesuffix(".parquet")] = manifest
+            tally.add_shard(manifest.facts)
+            new = {"clips": tally.clips - earlier[0], "video_s": tally.video_s - earlier[1]}
+            progress.show(tally.seen, bad=tally.bad, **new)
+    tally.require_complete()
+    write_artifact(folder, [done[s.name] for s in shards], identity, facts=tally.counts())
+    return tally
+
+
+def decode_and_encode(
+    config: PrepareConfig, identity: Mapping[str, Any], folder: Path, shards: list[Shard]
+) -> Iterator[Manifest]:
+    """Decode and encode shards on the cluster; yield their manifests as they are committed."""
+    clip, limits, decode, encoding = config.clip, config.limits, config.decode, config.encode
+    decoded = decode_shards(
+        shards,
+        DecodeOptions(
+            root=str(Path(config.source.path).absolute()),
+            lane=identity["lane"],
+            cut=Cut(
+                num_frames=clip.num_frames,
+                out_fps=clip.out_fps,
+                height=clip.height,
+                width=clip.width,
+                stride_s=clip.stride_s,
+                max_clips=clip.max_clips_per_video,
+            ),
+            limits=Limits(**identity["limits"]),
+            deadline_s=limits.deadline_s,
+            memory_bytes=int(limits.memory_gib * 2**30),
+            recycle_after=decode.recycle_after,
+            audit_every=decode.audit_every,
+        ),
+        num_actors=decode.num_actors,
+        cpus_per_actor=decode.cpus_per_actor,
+    )
+    options = EncodeOptions(
+        folder=str(folder.absolute()),
+        identity=identity,
+        codec=str(Path(encoding.codec).absolute()),
+        text_tokens=encoding.text_tokens,
+        text_width=encoding.text_width,
+        dtype=encoding.dtype,
+        batch_size=encoding.batch_size,
+        rows_per_group=config.shard.rows_per_group,
+    )
+    return encode_shards(
+        decoded,
+        options,
+        num_actors=min(encoding.num_actors, len(shards)),
+        cpus_per_actor=encoding.cpus_per_actor,
+        gpus_per_actor=encoding.gpus_per_actor,
+    )
+
+
+def prepare(config: PrepareConfig) -> Path:
+    """Run the job; return the artifact's folder."""
+    began, identity = time.monotonic(), identity_of(config)
+    if config.source.kind != "images":
+        require_length(config.encode.codec, config.clip.num_frames)
+    name = fingerprint(identity)[:12]
+    folder = Path(config.output) / name
+    with connect(config.cluster.num_cpus, config.cluster.object_store_mib), disk_full_explained(folder):
+        inputs = look_at(config, find_sources(config))
+        tally = encode(config, identity, folder, inputs)
+        point_to(config.output, name, fingerprint(identity))
+    seconds = time.monotonic() - began
+    stats = {**tally.counts(), "seconds": round(seconds, 3), "clips_per_s": round(tally.clips / seconds, 3)}
+    write_json(folder / "stats.json", {**stats, "fingerprint": fingerprint(identity)})
+    dump(config, folder / "config.yaml")
+    print(tally.summary())
+    print(f"{tally.clips} clips, {tally.video_s:.0f} s of video, in {seconds:.1f} s")
+    print(f"latents: {folder} (fingerprint {fingerprint(identity)})")
+    return folder
+
+
+def main() -> None:
+    """Read the settings and run."""
+    config, _ = from_command_line(PrepareConfig, sys.argv[1:])
+    prepare(config)
+
+
+if __name__ == "__main__":
+    run(main)

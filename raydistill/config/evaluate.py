@@ -1,0 +1,119 @@
+"""What `jobs/evaluate.py` takes. Defaults are the small world's run on two CPU cores."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raydistill.errors import InvalidValue
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig:
+    """What the report shows of the clips."""
+
+    captions: int = 6
+    """Captions in the moving pictures; fewer are taken when the file would be too large."""
+    strip_captions: int = 3
+    """Captions in the strips of frames."""
+    limit_kib: int = 900
+    """Largest size of the GIF; all pictures that --update-readme copies stay under 1.5 MiB together."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        for name in ("captions", "strip_captions"):
+            _at_least(f"pictures.{name}", getattr(self, name), 1)
+        if not 100 <= self.limit_kib <= 1200:
+            raise InvalidValue("pictures.limit_kib", self.limit_kib, "between 100 and 1200")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """Seconds per clip, all samplers in turn in one process: fair ratios even on a busy machine."""
+
+    rounds: int = 5
+    """How often each sampler is timed, after a warm-up; the median counts. 0 leaves latency out."""
+    batches: tuple[int, ...] = (1, 16)
+    """Clips per call. The first is timed for every sampler, the others for the teacher's best and 4 steps:
+    with one clip a small network is all overhead, and says little of a large one."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        _at_least("latency.rounds", self.rounds, 0)
+        if not self.batches or min(self.batches) < 1:
+            raise InvalidValue(
+                "latency.batches", self.batches, "one or more numbers of clips, each at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Quality against steps: teacher, students and their mixtures, on captions that no training saw."""
+
+    teacher: str = "raydistill/world/weights/teacher"
+    """Folder of the many-step model."""
+    codec: str = "raydistill/world/weights/codec"
+    """Folder of the codec that both were trained with."""
+    judge: str = "raydistill/world/weights/judge"
+    """Folder of the network that reads attributes off a clip; if it is not there, its figures are skipped."""
+    students: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """Kind -> students of that kind, one per training seed, averaged; e.g. students.dual=[build/a,build/b].
+    `dual` and `single` are the names the verdicts look for. What is not there is skipped, with the reason."""
+    strict: bool = False
+    """Raise instead of skipping when a student or the judge is not there."""
+    output: str = "build/evaluation"
+    """Receives report.html, report/, results.json and records/, from which a second run goes on."""
+    num_clips: int = 144
+    """Clips per sampler. 144 fits in about 90 seconds; intervals for a README want 576 or more."""
+    reference_clips: int = 1152
+    """Real clips that the Frechet distance is taken to."""
+    seed: int = 2024
+    """Keys noise and real clips; not a training seed."""
+    teacher_steps: tuple[int, ...] = (50, 8, 4, 2, 1)
+    """Step counts of the guided teacher; the first is what students are compared with."""
+    student_steps: tuple[int, ...] = (8, 4, 2, 1)
+    """Step counts of every student; those its plan cannot do are skipped."""
+    paths: tuple[Literal["stored", "deterministic", "renoise"], ...] = ("stored",)
+    """How students follow their plans: as stored with them, or as said here; each has its own rows."""
+    semantic_tail: tuple[int, ...] = (2,)
+    """Steps of the semantic expert, after which the guided teacher finishes."""
+    head_detail: tuple[int, ...] = (2,)
+    """Steps of the detail expert, after the guided teacher went down to the boundary."""
+    guidance_scale: float = 2.0
+    """The teacher's w in uncond + w (cond - uncond); 1 is off."""
+    shift: float = 1.0
+    """Warp of the teacher's times towards noise; 1 is none."""
+    batch_size: int = 48
+    """Clips sampled at once."""
+    num_draws: int = 400
+    """Bootstrap resamplings behind each 95 % interval."""
+    threads: int = 2
+    """Torch threads."""
+    metrics: dict[str, str] = field(default_factory=dict[str, str])
+    """Name -> metrics.jsonl of a training run whose loss curves the report shows."""
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    """Timing."""
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    """Strips and moving pictures."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        _at_least("num_clips", self.num_clips, 4)
+        _at_least("reference_clips", self.reference_clips, 4)
+        _at_least("num_draws", self.num_draws, 20)
+        for name in ("batch_size", "threads"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("guidance_scale", self.guidance_scale, 0)
+        if not 0 < self.shift < float("inf"):
+            raise InvalidValue("shift", self.shift, "a positive number")
+        for name in ("teacher_steps", "student_steps", "semantic_tail", "head_detail"):
+            counts = getattr(self, name)
+            if any(count < 1 for count in counts) or len(set(counts)) < len(counts):
+                raise InvalidValue(name, counts, "different step counts, each at least 1")
+        for kind in self.students:
+            if not re.fullmatch("[a-z0-9_]+", kind) or kind == "teacher":
+                raise InvalidValue("students", kind, "a name of a-z, 0-9, _; the teacher has its own field")
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise InvalidValue(key, value, f"at least {low}")

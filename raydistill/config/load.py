@@ -1,0 +1,276 @@
+"""Settings from three places, later ones winning: the schema's defaults < --config FILE < key=value.
+
+A schema is a frozen dataclass, with a docstring under every field: the only default, the only documentation
+and the only check. Types are checked by OmegaConf, ranges by the dataclass's `__post_init__`; both are
+reported as ConfigError's children, with the full key and where the value came from.
+"""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from raydistill.errors import ConfigError, InvalidValue, MissingValue, RaydistillError, UnknownKey
+
+Schema = TypeVar("Schema")
+Leaf = tuple[str, Any]
+"""Full key and value."""
+
+
+def from_command_line(
+    schema: type[Schema], argv: Sequence[str], *, switches: Mapping[str, str] | None = None
+) -> tuple[Schema, set[str]]:
+    """Read `[--config FILE] [--switch ...] [key=value ...]`; return the settings and the switches given.
+
+    `switches` maps names to their help. `--help` prints every field and exits with status 0.
+    Raises UnknownKey, InvalidValue and MissingValue.
+    """
+    known = dict(switches or {})
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(help_text(schema, known) + "\n")
+        raise SystemExit(0)
+    file, given, pairs = _split(schema, argv, known)
+    sources = [(f"in {file}", _read(file))] if file else []
+    sources += [("on the command line", _from_pair(pair)) for pair in pairs]
+    return _build(schema, sources), given
+
+
+def load(schema: type[Schema], path: str | Path) -> Schema:
+    """Read a YAML file alone."""
+    return from_command_line(schema, ["--config", str(path)])[0]
+
+
+def dump(config: Any, path: str | Path) -> None:
+    """Write the settings in full, as YAML that `--config` takes as it is: `load` returns an equal object."""
+    # OmegaConf's own writer: it quotes text that its reader, unlike plain YAML's, takes for a number (1e3).
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config)))), encoding="utf-8")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a job's `main`. An error raised on purpose: one line on stderr, exit status 1 (settings: 2)."""
+    try:
+        main()
+    except RaydistillError as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        line = " ".join(f"{type(error).__name__}: {error}{notes}".split())
+        sys.stdout.flush()
+        sys.stderr.write(line + "\n")
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+
+
+def _split(schema: type, argv: Sequence[str], switches: Mapping[str, str]) -> tuple[str, set[str], list[str]]:
+    file, given, pairs = "", set[str](), list[str]()
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--config":
+            if file:
+                raise InvalidValue("--config", word, f"only one file; {file} is given already")
+            file = value or next(words, "")
+            if not file:
+                raise MissingValue("--config", "the path of a YAML file")
+        elif word.startswith("-"):
+            if word.removeprefix("--") not in switches:
+                raise UnknownKey(
+                    name, ("--config", "--help", *(f"--{name}" for name in switches), *key_names(schema))
+                )
+            given.add(word.removeprefix("--"))
+        elif "=" in word:
+            pairs.append(word)
+        else:
+            raise InvalidValue("argument", word, "key=value, --config FILE, or a switch that --help lists")
+    return file, given, pairs
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        read = OmegaConf.load(file)
+    except FileNotFoundError as error:
+        raise InvalidValue("--config", file, "no such file") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InvalidValue("--config", file, f"not YAML{line}: {error.problem}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InvalidValue("--config", file, f"cannot be read: {error}") from error
+    if not isinstance(read, DictConfig):
+        raise InvalidValue("--config", file, "a mapping of settings")
+    return cast(dict[str, Any], OmegaConf.to_container(read, resolve=False))
+
+
+def _from_pair(pair: str) -> dict[str, Any]:
+    """`a.b=[1, 2]` becomes {"a": {"b": [1, 2]}}, its value read as YAML."""
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        key, _, value = pair.partition("=")
+        raise InvalidValue(key, value, "cannot be read as YAML; quote it") from error
+
+
+def _build(schema: type[Schema], sources: list[tuple[str, dict[str, Any]]]) -> Schema:
+    config = OmegaConf.structured(schema)
+    origin: dict[str, str] = {}
+    for where, given in sources:
+        try:
+            leaves = list(_leaves(schema, given, key_names(schema)))
+            config = _merged(schema, config, leaves)
+        except ConfigError as error:
+            error.add_note(where)
+            raise
+        origin |= {key: where for key, _ in leaves}
+    try:
+        for key, kind, _ in reversed(
+            list(walk(schema))
+        ):  # inner sections first: a wrong value is theirs to name
+            if is_dataclass(kind):
+                _object(schema, OmegaConf.select(config, key), key + ".")
+        return cast(Schema, _object(schema, config, ""))
+    except InvalidValue as error:
+        if error.key in origin:
+            error.add_note(origin[error.key])
+        raise
+
+
+def _leaves(
+    schema: type, given: Mapping[str, Any], known: tuple[str, ...], prefix: str = ""
+) -> Iterator[Leaf]:
+    """Every value given, with its full key. Raises UnknownKey, or InvalidValue for a section that is none."""
+    hints = get_type_hints(schema)
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise UnknownKey(key, known)
+        if not is_dataclass(hints[name]):
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from _leaves(cast(type, hints[name]), cast(dict[str, Any], value), known, f"{key}.")
+        else:
+            raise InvalidValue(key, value, f"a section: give its fields, such as {key}.NAME")
+
+
+def _merged(schema: type, config: DictConfig, leaves: list[Leaf]) -> DictConfig:
+    """`config` with the leaves in it; all at once, and one by one only to name the one that is wrong."""
+    try:
+        return cast(DictConfig, OmegaConf.merge(config, *(_nested(leaf) for leaf in leaves)))
+    except OmegaConfBaseException:
+        kinds = {known: kind for known, kind, _ in walk(schema)}
+        for key, value in leaves:
+            try:
+                OmegaConf.merge(config, _nested((key, value)))
+            except OmegaConfBaseException as error:
+                raise InvalidValue(key, value, f"expected {describe(kinds[key])}") from error
+        raise
+
+
+def _nested(leaf: Leaf) -> dict[str, Any]:
+    key, value = leaf
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _object(schema: type, config: DictConfig, section: str) -> object:
+    """Build one section; complete the key that its own check names: it knows the field, not the section."""
+    try:
+        return OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        key = section + str(error.full_key)
+        docs = {known: doc for known, _, doc in walk(schema)}
+        raise MissingValue(key, f"{key}=VALUE; {docs.get(key, '')}") from error
+    except OmegaConfBaseException as error:
+        raise InvalidValue(str(error.full_key), "${...}", str(error).splitlines()[0]) from error
+    except InvalidValue as error:
+        full = section + error.key.rpartition(".")[2]
+        if section and full in key_names(schema):
+            error.key = full
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, and no text that OmegaConf would take for a reference."""
+    if isinstance(value, dict):
+        return {key: _plain(held) for key, held in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(held) for held in cast(list[Any], value)]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield (full key, type, documentation) of every field; a section comes before its fields."""
+    docs, hints = field_docs(schema), get_type_hints(schema)
+    for field in fields(schema):
+        kind = hints[field.name]
+        yield prefix + field.name, kind, docs.get(field.name, "")
+        if is_dataclass(kind):
+            yield from walk(cast(type, kind), f"{prefix}{field.name}.")
+
+
+def key_names(schema: type, prefix: str = "") -> tuple[str, ...]:
+    """Every key of the schema in full, its sections' included."""
+    return tuple(key for key, _, _ in walk(schema, prefix))
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """The docstring under each field, inherited ones too, on one line each; fields without are left out."""
+    docs: dict[str, str] = {}
+    for owner in reversed(schema.__mro__):
+        if not is_dataclass(owner):
+            continue
+        body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]).body
+        for before, after in pairwise(body):
+            match before, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[name] = " ".join(doc.split())
+                case _:
+                    pass
+    return docs
+
+
+def describe(kind: Any) -> str:
+    """A type in the words of `--help`: `int`, `one of a, b`, `list of str`."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    inner = [describe(arg) for arg in get_args(kind) if arg is not Ellipsis]
+    if get_origin(kind) in (list, tuple):
+        count = f"{len(inner)} " if get_origin(kind) is tuple and Ellipsis not in get_args(kind) else ""
+        return f"list of {count}" + (inner[0] if len(set(inner)) == 1 else ", ".join(inner))
+    if get_origin(kind) is dict:
+        return f"mapping of {inner[0]} to {inner[1]}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def help_text(schema: type, switches: Mapping[str, str]) -> str:
+    """Usage, switches, and every field with its type, default and documentation."""
+    defaults = OmegaConf.structured(schema)
+    lines = [inspect.cleandoc(schema.__doc__ or ""), ""]
+    lines += ["usage: python JOB.py [--config FILE.yaml] [--help] [switches] [key=value ...]", ""]
+    lines += [f"  --{name}\n      {says}" for name, says in switches.items()]
+    for key, kind, doc in walk(schema):
+        head = f"\n  {key}" if is_dataclass(kind) else f"  {key}: {describe(kind)}"
+        if _is_mandatory(defaults, key):
+            head += "  (must be given)"
+        elif not is_dataclass(kind):
+            head += f" = {_shown(OmegaConf.select(defaults, key))}"
+        wrapped = textwrap.fill(doc, 100, initial_indent="      ", subsequent_indent="      ")
+        lines += [head, wrapped] if doc else [head]
+    return "\n".join(lines)
+
+
+def _is_mandatory(defaults: DictConfig, key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    return OmegaConf.is_missing(OmegaConf.select(defaults, section) if section else defaults, name)
+
+
+def _shown(value: Any) -> str:
+    """A default as it would be typed."""
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return yaml.safe_dump(_plain(plain), default_flow_style=True, width=1000).removesuffix("\n...\n").strip()

@@ -1,0 +1,220 @@
+"""What `jobs/prepare.py` takes. Defaults are the small world's run on two CPU cores."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raydistill.errors import InvalidValue
+
+BLOCK_GIB = 1.0
+"""Largest shard of decoded clips, which travels between machines in one piece."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where the media files are, and their captions."""
+
+    kind: Literal["sprites", "videos", "images"] = "sprites"
+    """`sprites`: draw the small world into `path` first; `videos`, `images`: a folder of your own."""
+    path: str = "build/world"
+    """Folder, searched recursively. Every machine of the cluster must see it under this path."""
+    captions: str = ""
+    """JSON-lines file with "file" and "caption" in each line; empty: a .json or .txt beside each file."""
+    caption_policy: Literal["filter", "error", "empty"] = "filter"
+    """A file without caption is left out and counted, stops the job, or gets the empty caption."""
+    num_clips: int = 1500
+    """How many clips of the small world to draw. Sprites only."""
+    seed: int = 0
+    """Seed of the small world. Sprites only."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        _at_least("source.num_clips", self.num_clips, 1)
+        _at_least("source.seed", self.seed, 0)
+        if not self.path:
+            raise InvalidValue("source.path", self.path, "a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """What is cut from each file."""
+
+    num_frames: int = 16
+    """Frames of a clip. Codecs that compress time by k want 1 more than a multiple of k (Wan 2.1: 81)."""
+    out_fps: float = 8.0
+    """Frames per second of a clip; frames are picked by their time, whatever the video's own rate."""
+    height: int = 32
+    """Pixels; frames are scaled to cover (height, width), then their centre is cropped."""
+    width: int = 32
+    """Pixels."""
+    stride_s: float = 0.0
+    """Seconds from one clip's start to the next; 0: without gap or overlap."""
+    max_clips_per_video: int = 1
+    """At most so many clips of one video, spread evenly over it."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        for name in ("num_frames", "height", "width", "max_clips_per_video"):
+            _at_least(f"clip.{name}", getattr(self, name), 1)
+        if not 0 < self.out_fps <= 1000:
+            raise InvalidValue("clip.out_fps", self.out_fps, "in (0, 1000]")
+        _at_least("clip.stride_s", self.stride_s, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """What one file may ask for. A file beyond goes to quarantine as too_large, or timeout, or oom."""
+
+    max_bytes: int = 4 * 2**30
+    """File size, in bytes."""
+    max_duration_s: float = 3600.0
+    """Length of a video, in seconds."""
+    max_pixels: int = 4096 * 2304
+    """Width times height of a frame or picture."""
+    max_packets: int = 500_000
+    """Frames of a video."""
+    deadline_s: float = 60.0
+    """Seconds for one clip's decoding, after which the decoder is killed. Not part of the fingerprint."""
+    memory_gib: float = 4.0
+    """Address space of a decode child, in GiB. Not part of the fingerprint."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        for name in ("max_bytes", "max_duration_s", "max_pixels", "max_packets"):
+            _at_least(f"limits.{name}", getattr(self, name), 1)
+        _at_least("limits.deadline_s", self.deadline_s, 0.1)
+        _at_least("limits.memory_gib", self.memory_gib, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """The pool of decoders. Nothing here is part of the fingerprint."""
+
+    num_actors: int = 1
+    """Decoders at work at the same time, each with one child process."""
+    cpus_per_actor: float = 1.0
+    """Logical CPUs that Ray reserves for each."""
+    recycle_after: int = 2000
+    """Requests after which a decode child is replaced, so that a leak stays small."""
+    audit_every: int = 100
+    """One in so many videos is decoded by decord and PyAV, and the frames compared; 0: none."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        for name in ("num_actors", "recycle_after"):
+            _at_least(f"decode.{name}", getattr(self, name), 1)
+        _at_least("decode.audit_every", self.audit_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """The pool of encoders: codec and text encoder."""
+
+    codec: str = "raydistill/world/weights/codec"
+    """Folder of the codec, safetensors."""
+    text_tokens: int = 8
+    """Length of a caption's embedding."""
+    text_width: int = 32
+    """Width of a caption's embedding."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How latents are stored; readers always get float32."""
+    batch_size: int = 16
+    """Clips encoded at once. Not part of the fingerprint."""
+    num_actors: int = 1
+    """Encoders at work at the same time. Not part of the fingerprint."""
+    cpus_per_actor: float = 1.0
+    """Logical CPUs that Ray reserves for each. Not part of the fingerprint."""
+    gpus_per_actor: float = 0.0
+    """GPUs that Ray reserves for each; 0 encodes on the CPU. Not part of the fingerprint."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        for name in ("text_tokens", "text_width", "batch_size", "num_actors"):
+            _at_least(f"encode.{name}", getattr(self, name), 1)
+        _at_least("encode.gpus_per_actor", self.gpus_per_actor, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """How the artifact is divided. A shard is what a stopped run has to do again."""
+
+    files_per_shard: int = 64
+    """Input files that make one shard."""
+    rows_per_group: int = 4
+    """Rows that a reader has to fetch together; few make random reads fast."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        _at_least("shard.files_per_shard", self.files_per_shard, 1)
+        if not 1 <= self.rows_per_group <= 64:
+            raise InvalidValue("shard.rows_per_group", self.rows_per_group, "1 to 64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToleranceConfig:
+    """When bad files stop the job."""
+
+    max_bad_fraction: float = 0.05
+    """Share of quarantined files above which something is wrong with all of them; 1 never stops."""
+    max_bad_in_a_row: int = 100
+    """So many quarantined files one after the other stop the job at once."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise InvalidValue("tolerance.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+        _at_least("tolerance.max_bad_in_a_row", self.max_bad_in_a_row, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """The Ray that the job starts when it is not running inside one."""
+
+    num_cpus: int = 0
+    """Logical CPUs; 0: as many as the machine has."""
+    object_store_mib: int = 512
+    """Shared memory for data between processes, in MiB."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        _at_least("cluster.num_cpus", self.num_cpus, 0)
+        _at_least("cluster.object_store_mib", self.object_store_mib, 80)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Media files become fingerprinted latents. Run again after a stop: finished shards are kept."""
+
+    output: str = "build/latents"
+    """Folder of the artifact; `latents.json` in it names the subfolder made by these settings."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    """Media files and captions."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """Frames, rate and size."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """Caps per file."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Decoders."""
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    """Codec and text."""
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    """Division into files."""
+    tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
+    """Bad files."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Ray, if none is running."""
+
+    def __post_init__(self):
+        """Check what no single section can see."""
+        if not self.output:
+            raise InvalidValue("output", self.output, "a folder")
+        frames = 1 if self.source.kind == "images" else self.clip.num_frames * self.clip.max_clips_per_video
+        clips_gib = self.shard.files_per_shard * frames * self.clip.height * self.clip.width * 3 / 2**30
+        if clips_gib > BLOCK_GIB:
+            size = f"decoded, a shard would take {clips_gib:.1f} GiB, {BLOCK_GIB:g} is the limit"
+            hint = "lower it, or clip.max_clips_per_video, height, width"
+            raise InvalidValue("shard.files_per_shard", self.shard.files_per_shard, f"{size}: {hint}")
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise InvalidValue(key, value, f"at least {low}")

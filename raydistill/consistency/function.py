@@ -1,0 +1,24 @@
+"""The consistency function f(x_t, t -> s): where the straight line of one prediction leads."""
+
+from raydistill.consistency.schedule import Schedule, over
+from raydistill.types import Latents, Times
+
+
+def move(schedule: Schedule, x0: Latents, noise: Latents, x_t: Latents, t: Times, s: Times) -> Latents:
+    """Go from t to s with given x0 and noise: x_t + (alpha_s - alpha_t) x0 + (sigma_s - sigma_t) noise.
+
+    Equals alpha_s x0 + sigma_s noise (DDIM, eq. 12 with eta = 0) as x_t = alpha_t x0 + sigma_t noise; written
+    as a difference, so that s = t gives exactly x_t on every schedule.
+    """
+    data = over(schedule.alpha(s) - schedule.alpha(t), x_t)
+    return x_t + data * x0 + over(schedule.sigma(s) - schedule.sigma(t), x_t) * noise
+
+
+def jump(schedule: Schedule, prediction: Latents, x_t: Latents, t: Times, s: Times) -> Latents:
+    """Consistency function f(x_t, t -> s) of a network's prediction at (x_t, t) (CM, eq. 5; PCM, eq. 7).
+
+    On rectified flow it is x_t + (s - t) v, DCM's Euler-like step; on a variance-preserving schedule a DDIM
+    step. f(x, t -> t) = x holds by construction.
+    """
+    x0, noise = schedule.to_x0(prediction, x_t, t), schedule.to_noise(prediction, x_t, t)
+    return move(schedule, x0, noise, x_t, t, s)

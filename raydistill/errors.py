@@ -1,0 +1,154 @@
+"""Every error raised on purpose.
+
+* RaydistillError
+  x ConfigError         the job file or command line is wrong; nothing has run
+    + UnknownKey        a key that no schema has
+    + InvalidValue      a value outside its range or type
+    + MissingValue      a mandatory value is not given
+  x ArtifactError       what a stage reads is not what was written
+    + MissingArtifact   nothing there, or no manifest: the writer did not finish
+    + StaleArtifact     made by other settings, models or code than asked for
+    + CorruptArtifact   the bytes differ from what the manifest promises
+  x MediaError          one input file cannot be used; carries a reason code
+  x PrepareError        too many bad inputs, or none at all
+  x DistillError        a run stopped itself
+    + NonFiniteLoss     a loss term is NaN or infinite
+    + IncompatibleCheckpoint
+    + PlanMismatch      the feed delivered other samples than the plan says
+  x SamplingError       a plan of jumps that no expert was trained for
+  x TooFewFrames        a loss or measure needs more frames than it got
+
+Ray ships exceptions between processes by pickle, which calls `type(error)(*error.args)` and so loses every
+error with fields; `__reduce__` here rebuilds them from their fields instead.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+
+
+class RaydistillError(Exception):
+    """Base of every error that raydistill raises on purpose."""
+
+    def __reduce__(self):
+        """Rebuild from the dataclass fields, keeping notes."""
+        values = tuple(getattr(self, f.name) for f in fields(self)) if is_dataclass(self) else self.args
+        return type(self), values, self.__dict__
+
+
+class ConfigError(RaydistillError):
+    """The job file or the command line is wrong; nothing has run."""
+
+
+@dataclass(eq=False)
+class UnknownKey(ConfigError):
+    """A key that the schema does not have."""
+
+    key: str
+    known: tuple[str, ...] = ()
+
+    def __str__(self):
+        """Name the key and its nearest neighbour."""
+        leaf = self.key.rpartition(".")[2]
+        leaves = {known: known.rpartition(".")[2] for known in self.known}
+        elsewhere = [
+            known for known in self.known if leaves[known] == leaf
+        ]  # the right name, the wrong section
+        near = get_close_matches(self.key, elsewhere, n=1, cutoff=0.0)
+        near = near or get_close_matches(self.key, self.known, n=1, cutoff=0.5)
+        if not near and (close := get_close_matches(leaf, leaves.values(), n=1)):
+            near = [known for known in self.known if leaves[known] == close[0]]
+        return f"unknown key '{self.key}'" + (f": did you mean '{near[0]}'?" if near else "")
+
+
+@dataclass(eq=False)
+class InvalidValue(ConfigError):
+    """A value outside its range or of the wrong type."""
+
+    key: str
+    value: object
+    expected: str
+
+    def __str__(self):
+        """Say what was given and what is allowed."""
+        return f"{self.key} = {self.value!r}: {self.expected}"
+
+
+@dataclass(eq=False)
+class MissingValue(ConfigError):
+    """A mandatory value that neither the file nor the command line gives."""
+
+    key: str
+    hint: str = ""
+
+    def __str__(self):
+        """Name the key."""
+        return f"{self.key} must be given" + (f": {self.hint}" if self.hint else "")
+
+
+class ArtifactError(RaydistillError):
+    """What a stage reads is not what was written."""
+
+
+class MissingArtifact(ArtifactError):
+    """Nothing there, or no manifest: the writer did not finish."""
+
+
+class StaleArtifact(ArtifactError):
+    """Made by other settings, models or code than asked for."""
+
+
+class CorruptArtifact(ArtifactError):
+    """The bytes differ from what the manifest promises."""
+
+
+@dataclass(eq=False)
+class MediaError(RaydistillError):
+    """One input file cannot be used."""
+
+    reason: str
+    message: str
+    uri: str = ""
+
+    def __str__(self):
+        """Reason code first, then the file, then the decoder's words."""
+        return f"{self.reason}: {self.uri}: {self.message}" if self.uri else f"{self.reason}: {self.message}"
+
+
+class PrepareError(RaydistillError):
+    """Too many bad inputs, or none at all."""
+
+
+class DistillError(RaydistillError):
+    """A run stopped itself."""
+
+
+@dataclass(eq=False)
+class NonFiniteLoss(DistillError):
+    """A loss term is NaN or infinite."""
+
+    term: str
+    step: int
+    value: float
+
+    def __str__(self):
+        """Name the term and the step."""
+        return (
+            f"loss term '{self.term}' is {self.value} at step {self.step}; the last checkpoint is intact. "
+            "Lower the learning rate, raise huber_c, or look at the data of this step."
+        )
+
+
+class IncompatibleCheckpoint(DistillError):
+    """A checkpoint of another run, plan, or set of weights."""
+
+
+class PlanMismatch(DistillError):
+    """The feed delivered other samples than the plan says."""
+
+
+class SamplingError(RaydistillError):
+    """A plan of jumps that no expert was trained for."""
+
+
+class TooFewFrames(RaydistillError):
+    """A loss or measure needs more frames than it got."""

@@ -1,0 +1,1 @@
+"""Videos -> figures with intervals, and a report. Knows neither Ray nor training."""

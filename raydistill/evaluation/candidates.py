@@ -1,0 +1,189 @@
+"""Who takes part: the teacher at several step counts, students of several kinds and seeds, mixtures."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from raydistill.artifacts import tree_digest
+from raydistill.config.evaluate import EvaluateConfig
+from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, TimeGrid
+from raydistill.consistency.solver import guided
+from raydistill.errors import InvalidValue, MissingArtifact, SamplingError, StaleArtifact
+from raydistill.models.protocols import VelocityField
+from raydistill.models.wan import load_teacher
+from raydistill.sampler import SamplingPlan, teacher_plan, with_head, with_tail
+from raydistill.student import Student, load_student
+
+TEACHER, TAIL, HEAD = "teacher", "semantic + teacher tail", "teacher head + detail"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sampler: networks and the plan they follow."""
+
+    group: str
+    """Kind of sampler; a line of the plot."""
+    label: str
+    """Row of the table. Candidates of one label differ in their training seed alone and are averaged."""
+    plan: SamplingPlan
+    fields: Mapping[str, VelocityField]
+    schedule: Schedule
+    weights: Mapping[str, Any]
+    """What identifies the networks, for fingerprints."""
+    guided: bool = False
+    """Whether a teacher's step is two passes."""
+    training_seed: int = 0
+    """Number of the student within its kind."""
+
+    @property
+    def num_steps(self) -> int:
+        """Jumps from noise to data."""
+        return len(self.plan.jumps)
+
+    @property
+    def passes(self) -> int:
+        """Network passes per clip."""
+        return self.plan.passes(tail_guided=self.guided)
+
+    @property
+    def name(self) -> str:
+        """Label and training seed, fit for a file name."""
+        return f"{re.sub('[^a-z0-9_]+', '-', self.label)}-{self.training_seed}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything of the sampler itself that shapes its clips."""
+        return {"weights": dict(self.weights), "plan": self.plan.to_dict()}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something asked for that could not be measured."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """Candidates in the table's order, and what is missing."""
+
+    candidates: tuple[Candidate, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def firsts(self) -> tuple[Candidate, ...]:
+        """The first student of every row: the one that is timed and shown."""
+        return tuple({one.label: one for one in reversed(self.candidates)}.values())[::-1]
+
+    @property
+    def anchor(self) -> Candidate | None:
+        """The teacher's sampler that all others are compared with: its first step count."""
+        return next((one for one in self.candidates if one.group == TEACHER), None)
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """The guided teacher as a field, with its identity."""
+
+    field: VelocityField
+    identity: Mapping[str, Any]
+    guided: bool
+
+
+def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lineup:
+    """Load every network that the config names.
+
+    What is not there is skipped with its reason, or, with config.strict, raised as MissingArtifact; the
+    teacher is always needed. Raises StaleArtifact for a student of another teacher: it would be compared with
+    a stranger.
+    """
+    scale = config.guidance_scale
+    identity = {"teacher": tree_digest(config.teacher), "guidance_scale": scale}
+    teacher = _Guide(guided(load_teacher(config.teacher), null_text, scale), identity, scale != 1)
+    candidates = [_teacher(teacher, steps, config.shift) for steps in config.teacher_steps]
+    skipped = [
+        Skipped(kind, f"no {kind} student given (students.{kind})")
+        for kind in ("dual", "single")
+        if not config.students.get(kind)
+    ]
+    for kind, folders in config.students.items():
+        for seed, folder in enumerate(folders):
+            for one in _of_student(config, kind, seed, folder, teacher):
+                if isinstance(one, Skipped):
+                    skipped.append(one)
+                else:
+                    candidates.append(one)
+    order = {one.label: number for number, one in reversed(list(enumerate(candidates)))}
+    return Lineup(tuple(sorted(candidates, key=lambda one: order[one.label])), tuple(dict.fromkeys(skipped)))
+
+
+def _teacher(teacher: _Guide, steps: int, shift: float) -> Candidate:
+    plan = teacher_plan(steps, TimeGrid(steps, shift))
+    fields = {"teacher": teacher.field}
+    return Candidate(
+        TEACHER, f"teacher {steps}", plan, fields, RECTIFIED_FLOW, teacher.identity, teacher.guided
+    )
+
+
+def _of_student(
+    config: EvaluateConfig, kind: str, seed: int, folder: str, teacher: _Guide
+) -> Iterator[Candidate | Skipped]:
+    """Every sampler that one student takes part in."""
+    try:
+        student = load_student(folder)
+    except MissingArtifact as missing:
+        if config.strict:
+            raise
+        yield Skipped(f"{kind}, student {seed}", str(missing))
+        return
+    if student.card.sources.get("teacher") not in (None, teacher.identity["teacher"]):
+        raise StaleArtifact(f"{folder} was distilled from another teacher than {config.teacher}")
+    fields = {**student.fields, "teacher": teacher.field}
+    digest = {"student": tree_digest(folder)}
+    for label, group, plan in _plans(config, kind, student):
+        if isinstance(plan, SamplingError | InvalidValue):
+            yield Skipped(label, str(plan))
+            continue
+        mixed = any(one.expert == "teacher" for one in plan.jumps)
+        weights = digest | (dict(teacher.identity) if mixed else {})
+        yield Candidate(group, label, plan, fields, student.schedule, weights, teacher.guided, seed)
+
+
+def _plans(
+    config: EvaluateConfig, kind: str, student: Student
+) -> Iterable[tuple[str, str, SamplingPlan | SamplingError | InvalidValue]]:
+    """(label, group, plan or why there is none)."""
+    prefix = "" if kind == "dual" else f"{kind}: "
+    card = student.card
+    asked = [
+        (f"{kind} {steps}{other}", kind + other, partial(_on_path, student, steps, path))
+        for path in config.paths
+        for other in ["" if path == "stored" else f" {path}"]
+        for steps in config.student_steps
+    ]
+    if card.boundary is not None:
+        for what, group, make, counts in (
+            ("semantic {} + tail", TAIL, with_tail, config.semantic_tail),
+            ("head + detail {}", HEAD, with_head, config.head_detail),
+        ):
+            mixed = partial(make, boundary=card.boundary, grid=card.grid)
+            asked += [
+                (prefix + what.format(steps), prefix + group, partial(mixed, steps)) for steps in counts
+            ]
+    for label, group, make in asked:
+        try:
+            yield label, group, make()
+        except (SamplingError, InvalidValue) as impossible:
+            yield label, group, impossible
+
+
+def _on_path(student: Student, steps: int, path: str) -> SamplingPlan:
+    """Take the plan stored with the weights, followed on its own path or on the one asked for."""
+    plan = student.plan(steps)
+    return plan if path == "stored" else SamplingPlan.from_dict({**plan.to_dict(), "path": path})

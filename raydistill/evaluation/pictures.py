@@ -1,0 +1,93 @@
+"""Clips as pictures: strips of frames (PNG) and a wall of moving clips (GIF), a row per sampler."""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+Frames = UInt8[np.ndarray, "n f h w 3"]
+PAPER, INK = (255, 255, 255), (40, 40, 40)
+LABEL_PX, LINE_PX, GAP_PX = 128, 14, 6
+CHARACTER_PX = 6
+
+
+def draw_strips(
+    clips: Mapping[str, Frames], captions: Sequence[str], num_shown: int = 4, zoom: int = 2
+) -> bytes:
+    """PNG: a row per sampler, and for each caption `num_shown` frames spread over the clip.
+
+    `clips` maps a sampler's label to its clips, clip i of caption i.
+    """
+    count, length = next(iter(clips.values())).shape[:2]
+    shown = np.linspace(0, length - 1, min(num_shown, length)).round().astype(int)
+    cells = {label: [_side_by_side(clip[shown]) for clip in frames] for label, frames in clips.items()}
+    return _png(_wall(cells, captions[:count], zoom))
+
+
+def draw_gif(clips: Mapping[str, Frames], captions: Sequence[str], fps: float = 8, zoom: int = 3) -> bytes:
+    """GIF that loops: a row per sampler, a column per caption, one palette for all frames."""
+    length = next(iter(clips.values())).shape[1]
+    pages = [
+        _wall({label: [clip[number] for clip in frames] for label, frames in clips.items()}, captions, zoom)
+        for number in range(length)
+    ]
+    # One palette from first and last page: a palette per page would shimmer.
+    sample = Image.fromarray(np.concatenate([np.asarray(pages[0]), np.asarray(pages[-1])]))
+    palette = sample.quantize(64)
+    reduced = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    out = io.BytesIO()
+    reduced[0].save(
+        out,
+        "GIF",
+        save_all=True,
+        append_images=reduced[1:],
+        duration=round(1000 / fps),
+        loop=0,
+        optimize=False,
+    )
+    return out.getvalue()
+
+
+def fit_under(limit_bytes: int, draw, counts: Sequence[int]) -> bytes:
+    """Draw with the first of `counts` captions whose file is within the limit, else with the last of them."""
+    data = b""
+    for count in counts:
+        data = draw(count)
+        if len(data) <= limit_bytes:
+            break
+    return data
+
+
+def _side_by_side(frames: UInt8[np.ndarray, "f h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Frames from left to right, a hairline of paper between them."""
+    parted = np.pad(frames, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=PAPER[0])
+    return np.concatenate(list(parted), axis=1)[:, :-1]
+
+
+def _wall(cells: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], zoom: int) -> Image.Image:
+    height, width = (zoom * size for size in next(iter(cells.values()))[0].shape[:2])
+    texts = [textwrap.wrap(caption, max(6, width // CHARACTER_PX)) for caption in captions]
+    header = 4 + LINE_PX * max(len(lines) for lines in texts)
+    size = (LABEL_PX + len(captions) * (width + GAP_PX), header + len(cells) * (height + GAP_PX))
+    wall = Image.new("RGB", size, PAPER)
+    pen, font = ImageDraw.Draw(wall), ImageFont.load_default(11)
+    lefts = [LABEL_PX + column * (width + GAP_PX) for column in range(len(captions))]
+    for left, lines in zip(lefts, texts, strict=True):
+        for number, line in enumerate(lines):
+            pen.text((left, 1 + number * LINE_PX), line, fill=INK, font=font)
+    for row, (label, pictures) in enumerate(cells.items()):
+        top = header + row * (height + GAP_PX)
+        pen.text((4, top + height // 2 - LINE_PX // 2), label, fill=INK, font=font)
+        for left, picture in zip(lefts, pictures, strict=False):
+            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            wall.paste(tile, (left, top))
+    return wall
+
+
+def _png(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "PNG", optimize=True)
+    return out.getvalue()

@@ -1,0 +1,252 @@
+"""Draw every sampler's clips from the same noise and captions, and measure them."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+
+from raydistill import consistency, draws, models, sampler
+from raydistill.evaluation import centroid, features, measures
+from raydistill.evaluation.candidates import Candidate, Lineup
+from raydistill.evaluation.features import RandomFeatures
+from raydistill.evaluation.measures import Asked
+from raydistill.evaluation.records import Record, RecordStore, source_digest
+from raydistill.models.judge import Judge
+from raydistill.models.protocols import VideoCodec
+from raydistill.types import Text
+
+Frames = UInt8[np.ndarray, "n f h w 3"]
+NumpyLatents = Float[np.ndarray, "n c f h w"]
+DECODE = "decode"
+Progress = Callable[[str, int, int], None]
+"""(what, clips done, clips in all)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for every sampler."""
+
+    asked: Asked
+    text: Text
+    """Embedded captions, one per clip."""
+    seed: int
+    """Keys the noise, with the clip's number."""
+    real: Frames
+    """Real clips that distances are taken to."""
+    control: Frames
+    """Other real clips, clip i of caption i: what perfection scores at this number of clips."""
+    codec: VideoCodec
+    judge: Judge | None
+    batch_size: int
+    identity: Mapping[str, Any]
+    """Codec, judge and real clips, for fingerprints."""
+
+    @property
+    def num_clips(self) -> int:
+        """Clips per sampler."""
+        return len(self.asked.captions)
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Latents of one clip (c, f, h, w)."""
+        return encode(self.codec, self.control[:1]).shape[1:]
+
+
+@torch.inference_mode()
+def encode(codec: VideoCodec, frames: Frames, batch_size: int = 32) -> NumpyLatents:
+    """Clips to latents."""
+    parts = [
+        codec.encode(torch.from_numpy(frames[i : i + batch_size]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+        for i in range(0, len(frames), batch_size)
+    ]
+    return torch.cat(parts).numpy()
+
+
+@torch.inference_mode()
+def decode(codec: VideoCodec, latents: NumpyLatents, batch_size: int = 32) -> Frames:
+    """Latents to clips, rounded to bytes as a video file would be."""
+    parts = [
+        ((codec.decode(torch.from_numpy(latents[i : i + batch_size])) + 1) * 127.5).round().to(torch.uint8)
+        for i in range(0, len(latents), batch_size)
+    ]
+    return np.ascontiguousarray(torch.cat(parts).permute(0, 2, 3, 4, 1).numpy())
+
+
+@torch.inference_mode()
+def draw_latents(candidate: Candidate, setting: Setting, indices: Sequence[int]) -> NumpyLatents:
+    """Sample the clips of the given numbers; what clip i is does not depend on the batch it is drawn in."""
+    index = torch.as_tensor(indices)
+    noise = draws.noise(setting.seed, index, "evaluate", setting.latent_shape)
+    again = sampler.keyed_noise(setting.seed, index)
+    fields, schedule, plan = candidate.fields, candidate.schedule, candidate.plan
+    return sampler.sample(fields, schedule, plan, noise, setting.text[index], noise_at=again).numpy()
+
+
+@torch.inference_mode()
+def judge_clips(
+    judge: Judge, frames: Frames, batch_size: int = 64
+) -> dict[str, Float[np.ndarray, "n values"]]:
+    """Logits per attribute."""
+    clips = torch.from_numpy(frames).permute(0, 4, 1, 2, 3)
+    parts = [judge(clips[i : i + batch_size]) for i in range(0, len(clips), batch_size)]
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+
+
+class Bench:
+    """Measures samplers one after the other, keeping each result on disk."""
+
+    def __init__(self, setting: Setting, store: RecordStore, progress: Progress = lambda *_: None):
+        """Nothing is computed yet."""
+        self.setting, self.store, self.progress = setting, store, progress
+        self.features = RandomFeatures(setting.batch_size)
+        self.computed: list[str] = []
+        """Names of the samplers that were not found on disk."""
+
+    @cached_property
+    def real_features(self) -> Float[np.ndarray, "n d"]:
+        """Of the real clips that distances are taken to."""
+        return self.features(self.setting.real)
+
+    @cached_property
+    def real_energy(self) -> float:
+        """Mean gradient energy of the real clips."""
+        return float(measures.gradient_energy(self.setting.real).mean())
+
+    @cached_property
+    def control(self) -> Record:
+        """Real clips measured as if they were samples."""
+        return self._as_sample(self.setting.control)
+
+    @cached_property
+    def round_trip(self) -> Record:
+        """The same real clips through the codec: what it costs alone."""
+        latents = encode(self.setting.codec, self.setting.control)
+        return self._as_sample(decode(self.setting.codec, latents))
+
+    def _as_sample(self, frames: Frames) -> Record:
+        empty = np.zeros((len(frames), 0, 0, 0, 0), np.float32)
+        seen = self.features(frames)
+        return Record(empty, seen, self._values(frames, seen), passes=0, seconds_per_clip=0.0)
+
+    def run(self, lineup: Lineup) -> dict[str, Record]:
+        """Record of every candidate, by name; the teacher's anchor first, as others are compared with it."""
+        anchor, out = None, {}
+        ordered = sorted(lineup.candidates, key=lambda one: one is not lineup.anchor)
+        for number, candidate in enumerate(ordered):
+            title = f"[{number + 1}/{len(ordered)}] {candidate.label}"
+            record = self._record(candidate, anchor, title)
+            out[candidate.name] = record
+            if candidate is lineup.anchor:
+                anchor = _Anchor(record.latents, candidate.identity, self.setting.codec)
+        return out
+
+    def _record(self, candidate: Candidate, anchor: "_Anchor | None", title: str) -> Record:
+        identity = {
+            "sampler": candidate.identity,
+            "anchor": anchor and anchor.identity,
+            "setting": {
+                **self.setting.identity,
+                "seed": self.setting.seed,
+                "captions": self.setting.asked.captions,
+            },
+            "code": code_digest(),
+        }
+        found = self.store.load(candidate.name, identity)
+        count = self.setting.num_clips
+        if found is not None:
+            self.progress(title, count, count)
+            return found
+        latents, seconds = self._sample(candidate, title)
+        frames = decode(self.setting.codec, latents)
+        seen = self.features(frames)
+        values = self._values(frames, seen)
+        if anchor is not None:
+            values["teacher/latent_rmse"] = measures.latent_rmse(latents, anchor.latents)
+            values["teacher/psnr"] = measures.psnr(frames, anchor.frames)
+        record = Record(latents, seen, values, candidate.passes, seconds / count)
+        self.store.save(candidate.name, identity, record)
+        self.computed.append(candidate.name)
+        return record
+
+    def _sample(self, candidate: Candidate, title: str) -> tuple[NumpyLatents, float]:
+        parts, seconds, count = [], 0.0, self.setting.num_clips
+        for start in range(0, count, self.setting.batch_size):
+            self.progress(title, start, count)
+            begun = time.perf_counter()
+            parts.append(
+                draw_latents(
+                    candidate, self.setting, range(start, min(start + self.setting.batch_size, count))
+                )
+            )
+            seconds += time.perf_counter() - begun
+        self.progress(title, count, count)
+        return np.concatenate(parts), seconds
+
+    def _values(self, frames: Frames, seen: Float[np.ndarray, "n d"]) -> dict[str, Float[np.ndarray, " n"]]:
+        setting = self.setting
+        values = measures.path_measures(frames, setting.asked)
+        if setting.judge is not None:
+            logits = judge_clips(setting.judge, frames)
+            values |= measures.attributes_right(logits, setting.judge.attributes, setting.asked)
+        values["sharpness"] = measures.gradient_energy(frames) / self.real_energy
+        values["near_black"] = measures.near_black(frames)
+        if len(set(setting.asked.captions)) < len(frames):
+            values["diversity"] = measures.spread(seen, setting.asked.captions)
+        return values
+
+
+@dataclass
+class _Anchor:
+    """The teacher's clips that others from the same noise are compared with."""
+
+    latents: NumpyLatents
+    identity: Mapping[str, Any]
+    codec: VideoCodec
+
+    @cached_property
+    def frames(self) -> Frames:
+        """Decoded when the first sampler needs them."""
+        return decode(self.codec, self.latents)
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the sources that shape a record's numbers: changed code makes old records unknown."""
+    packages = [Path(str(module.__file__)).parent for module in (consistency, models)]
+    files = [Path(str(module.__file__)) for module in (sampler, draws, centroid, features, measures)]
+    return source_digest(
+        [*(path for folder in packages for path in folder.glob("*.py")), *files, Path(__file__)]
+    )
+
+
+def time_in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, all in turn, round after round, after one round to warm up.
+
+    Turns spread whatever else the machine does over all calls alike.
+    """
+    out: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            if number:
+                out[name].append(time.perf_counter() - begun)
+    return out
+
+
+def latency_calls(
+    candidates: Sequence[Candidate], setting: Setting, batch: int
+) -> dict[str, Callable[[], object]]:
+    """One call per candidate by label, sampling `batch` clips without text and codec; one that decodes."""
+    indices = [i % setting.num_clips for i in range(batch)]
+    latents = encode(setting.codec, setting.control[indices])
+    calls: dict[str, Callable[[], object]] = {
+        one.label: partial(draw_latents, one, setting, indices) for one in candidates
+    }
+    return calls | {DECODE: partial(decode, setting.codec, latents)}

@@ -1,0 +1,131 @@
+"""What the small world must show, said as claims with limits, and whether the intervals bear them out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from raydistill.evaluation import intervals
+from raydistill.evaluation.candidates import TEACHER, Candidate
+from raydistill.evaluation.intervals import Estimate
+from raydistill.evaluation.measures import ALL_RIGHT
+from raydistill.evaluation.summary import CONTROL, Row
+
+Side = Literal["at most", "at least", "more than", "less than"]
+Timings = Mapping[str, Mapping[str, Sequence[float]]]
+"""Seconds per call, by batch and label."""
+Outcome = Literal["held", "not held", "undecided", "skipped"]
+BY_FAR = 10.0
+"""Points of accuracy that count as worse by far."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, its figure, and the outcome: decided only if its whole interval is on one side."""
+
+    claim: str
+    limit: float
+    side: Side
+    unit: str
+    figure: Estimate | None = None
+    reason: str = ""
+    """Why it was skipped, or what to keep in mind."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Held, not held, undecided, or skipped."""
+        if self.figure is None:
+            return "skipped"
+        low, high, limit = self.figure.low, self.figure.high, self.limit
+        inside, outside = {
+            "at most": (high <= limit, low > limit),
+            "at least": (low >= limit, high < limit),
+            "more than": (low > limit, high <= limit),
+            "less than": (high < limit, low >= limit),
+        }[self.side]
+        return "held" if inside else "not held" if outside else "undecided"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for results.json."""
+        figure = self.figure and self.figure.as_dict()
+        return {**vars(self), "figure": figure, "outcome": self.outcome}
+
+    @property
+    def text(self) -> str:
+        """One line, without the outcome."""
+        limit = f"{self.side} {self.limit:g}{self.unit}"
+        if self.figure is None:
+            return f"{self.claim}: {limit}: {self.reason}"
+        f = self.figure
+        note = f"; {self.reason}" if self.reason else ""
+        return f"{self.claim}: {f.value:.3g} [{f.low:.3g}, {f.high:.3g}]{self.unit} ({limit}{note})"
+
+
+class Judgement:
+    """Compares rows of one table."""
+
+    def __init__(self, rows: Mapping[str, Row], anchor: Candidate | None, timings: Timings):
+        """`rows` by label; `anchor` the teacher's many-step sampler; `timings` seconds by batch and label."""
+        self.rows, self.timings = rows, timings
+        self.best = anchor.label if anchor else "teacher"
+
+    def all(self) -> list[Verdict]:
+        """Every claim, whether or not its rows are there."""
+        best = self.best
+        return [
+            self._frechet_ratio("dual 4", best, "at most", 1.1),
+            self._frechet_ratio("dual 4", best, "at most", 1.1, less_null=True),
+            self._accuracy("dual 4", best, "at least", -2.0),
+            self._accuracy("dual 2", best, "at least", -5.0),
+            *(self._accuracy(f"dual {n}", f"teacher {n}", "at least", BY_FAR) for n in (4, 2)),
+            *(self._accuracy(f"dual {n}", f"single {n}", "more than", 0.0) for n in (4, 2)),
+            *(self._frechet_ratio(f"dual {n}", f"single {n}", "less than", 1.0) for n in (4, 2)),
+            *(self._faster(best, "dual 4", batch, 20.0) for batch in self.timings or ("1",)),
+        ]
+
+    def _absent(self, labels: Sequence[str], measure: str) -> str:
+        gone = [label for label in labels if label not in self.rows]
+        if gone:
+            return f"{' and '.join(gone)} not measured"
+        dumb = [label for label in labels if measure not in self.rows[label].figures]
+        return f"no {measure} for {' and '.join(dumb)}" if dumb else ""
+
+    def _frechet_ratio(
+        self, label: str, other: str, side: Side, limit: float, *, less_null: bool = False
+    ) -> Verdict:
+        claim = f"{label}: Frechet over {other}'s" + (", both less real clips'" if less_null else "")
+        skipped = partial(Verdict, claim, limit, side, "x", None)
+        absent = self._absent([label, other, *([CONTROL] if less_null else [])], "frechet")
+        if absent:
+            return skipped(absent)
+        above, below = (self.rows[name].figures["frechet"] for name in (label, other))
+        if less_null:
+            null = self.rows[CONTROL].figures["frechet"].value
+            above, below = (intervals.transform(f, lambda x: x - null) for f in (above, below))
+            if below.estimate().low <= 0:
+                return skipped(f"{other} is not apart from real clips")
+        figure = intervals.ratio(above, below).estimate()
+        return Verdict(claim, limit, side, "x", figure, self._seeds(label, other))
+
+    def _accuracy(self, label: str, other: str, side: Side, limit: float) -> Verdict:
+        claim = f"{label}: all attributes right, less {other}'s"
+        absent = self._absent([label, other], ALL_RIGHT)
+        if absent:
+            return Verdict(claim, limit, side, " points", None, absent)
+        apart = intervals.difference(*(self.rows[name].figures[ALL_RIGHT] for name in (label, other)))
+        figure = intervals.transform(apart, lambda share: 100 * share).estimate()
+        return Verdict(claim, limit, side, " points", figure, self._seeds(label, other))
+
+    def _faster(self, slow: str, fast: str, batch: str, limit: float) -> Verdict:
+        claim = f"latency of {slow} over {fast}, batch {batch}"
+        timed = self.timings.get(batch, {})
+        absent = [label for label in (slow, fast) if not timed.get(label)]
+        if absent:
+            return Verdict(claim, limit, "at least", "x", None, f"{' and '.join(absent)} not timed")
+        ratio = intervals.ratio(*(intervals.median(timed[label]) for label in (slow, fast)))
+        return Verdict(claim, limit, "at least", "x", ratio.estimate(), "over rounds of timing")
+
+    def _seeds(self, *labels: str) -> str:
+        students = [self.rows[label] for label in labels if self.rows[label].group != TEACHER]
+        fewest = min(row.figures["frechet"].num_seeds for row in students)
+        return f"{fewest} training seeds" if fewest > 1 else "one training seed: its own spread is not in it"

@@ -1,0 +1,1 @@
+"""Latents to weights: the semantic and the detail expert, their loop, engines, checkpoints and launch."""

@@ -1,0 +1,234 @@
+"""Checkpoints: written beside, verified, then named. A torn one is never picked.
+
+    <run>/checkpoints/semantic-step-000123/
+        student/part-00000-of-00002.safetensors   per role and rank: weights and optimizer states
+        averages.safetensors
+        state.json                                step, settings, plan
+        manifest.json                             bytes and sha256 of all the others, written last
+
+A folder counts if its manifest is there and every file agrees with it. Nothing in it is ever unpickled.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from raydistill.artifacts import MANIFEST, Manifest, differences, file_entry, write_json
+from raydistill.errors import ArtifactError, CorruptArtifact, IncompatibleCheckpoint, MissingArtifact
+from raydistill.experts.engine import Engine
+from raydistill.experts.plain_engine import rank_and_size
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.json"
+FileIO = Callable[[Path], None]
+"""Writes, or reads, one file."""
+_NAME = re.compile(r"(?P<stage>.+)-step-(?P<step>\d{6,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands, besides its weights. All JSON."""
+
+    stage: str
+    """'semantic' or 'detail'."""
+    step: int
+    """Optimizer steps done."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Everything that shapes the numbers; resuming with others is refused."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """The data plan's integers; resuming with others is refused too."""
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return f"{self.stage}-step-{self.step:06d}"
+
+
+def save(
+    run_dir: Path,
+    state: TrainState,
+    *,
+    engines: Mapping[str, Engine],
+    extra: Mapping[str, FileIO] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint and return its folder; called by all ranks, between accumulation rounds.
+
+    `extra` names further files and what writes them on rank 0: {"averages.safetensors": save_averages}.
+    Whatever kills it leaves either the whole checkpoint or none, and the older ones as they were.
+    """
+    rank, world_size = rank_and_size()
+    folder = run_dir / "checkpoints" / state.name
+    beside = folder.with_name(f".tmp-{state.name}")
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    _wait()
+    for role, engine in engines.items():
+        engine.save(beside / role)
+    if rank == 0:
+        for name, write in (extra or {}).items():
+            write(beside / name)
+        write_json(beside / STATE, asdict(state))
+    _wait()
+    files = _describe(beside, rank, world_size)
+    if rank == 0:
+        Manifest(kind="checkpoint", identity={"name": state.name}, files=files).write(beside)
+        _publish(beside, folder)
+        prune(run_dir, state.stage, keep)
+    _wait()
+    return folder
+
+
+def load(
+    folder: Path,
+    expected: TrainState,
+    *,
+    engines: Mapping[str, Engine],
+    extra: Mapping[str, FileIO] | None = None,
+) -> TrainState:
+    """Restore engines and further files, on any number of ranks and at any ZeRO stage; called by all ranks.
+
+    `extra` names the further files and what reads them, on every rank. `expected` says which stage, settings
+    and plan this run has; its step is not looked at. Verify the folder before.
+    Raises IncompatibleCheckpoint, naming every difference.
+    """
+    state = require_same_run(folder, expected)
+    for role, engine in engines.items():
+        if not (folder / role).is_dir():
+            raise IncompatibleCheckpoint(f"{folder} holds no '{role}'")
+        engine.load(folder / role)
+        if role == "student" and engine.steps != state.step:
+            raise IncompatibleCheckpoint(f"{folder / role} is of step {engine.steps}, not {state.step}")
+    for name, read in (extra or {}).items():
+        if not (folder / name).is_file():
+            raise IncompatibleCheckpoint(f"{folder} holds no {name}")
+        read(folder / name)
+    return state
+
+
+def require_same_run(folder: Path, expected: TrainState) -> TrainState:
+    """Return the checkpoint's state. Raises IncompatibleCheckpoint unless it is of the `expected` run."""
+    state = read_state(folder)
+    wrong = differences(_identity(state), _identity(expected))
+    if wrong:
+        listing = "\n  ".join(wrong)
+        raise IncompatibleCheckpoint(
+            f"{folder} belongs to another run (saved != asked for):\n  {listing}\n"
+            "Give this run an output folder of its own, or the old settings."
+        )
+    return state
+
+
+def read_state(folder: Path) -> TrainState:
+    """Return what `state.json` says."""
+    return TrainState(**json.loads((folder / STATE).read_bytes()))
+
+
+def verify(folder: Path, *, contents: bool = True) -> None:
+    """Compare a checkpoint with its manifest. Raises MissingArtifact, CorruptArtifact."""
+    manifest = Manifest.read(folder)
+    if manifest.kind != "checkpoint" or manifest.identity.get("name") != folder.name:
+        raise CorruptArtifact(f"{folder} has the manifest of something else: {manifest.identity}")
+    if STATE not in manifest.files:
+        raise MissingArtifact(f"{folder} has no {STATE}")
+    manifest.verify(folder, contents=contents)
+
+
+def newest_verified(run_dir: Path, stage: str) -> Path | None:
+    """Return the newest checkpoint of a stage whose every byte agrees with its manifest, or None.
+
+    Those passed over are logged with the reason.
+    """
+    return next(_sound(run_dir, stage, contents=True), None)
+
+
+def prune(run_dir: Path, stage: str, keep: int) -> None:
+    """Delete all but the newest `keep` sound checkpoints of a stage; damaged ones do not count and go too."""
+    kept = set(list(_sound(run_dir, stage, contents=False))[:keep])
+    for folder in _folders(run_dir, stage):
+        if folder not in kept:
+            # The manifest first, so that a deletion cut short leaves nothing to pick.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Delete what killed writers left. Only where no run is going on in this folder."""
+    for leftover in (run_dir / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sound(run_dir: Path, stage: str, *, contents: bool) -> Iterator[Path]:
+    """Yield checkpoints that agree with their manifests, newest first."""
+    for folder in _folders(run_dir, stage):
+        try:
+            verify(folder, contents=contents)
+        except (ArtifactError, OSError) as reason:
+            logger.warning("checkpoint %s is passed over: %s", folder.name, reason)
+        else:
+            yield folder
+
+
+def _folders(run_dir: Path, stage: str) -> list[Path]:
+    """Return a stage's checkpoint folders, sound or not, newest first."""
+    found = []
+    for folder in (run_dir / "checkpoints").glob(f"{stage}-step-*"):
+        match = _NAME.fullmatch(folder.name)
+        if match and match["stage"] == stage and folder.is_dir():
+            found.append((int(match["step"]), folder))
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def _describe(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Sync and hash all files, the ranks sharing the work; return the manifest's entries on every rank."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = {}
+    for path in paths[rank::world_size]:
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+        entries[path.relative_to(folder).as_posix()] = file_entry(path)
+    if world_size == 1:
+        return entries
+    shares: list[Any] = [None] * world_size
+    dist.all_gather_object(shares, entries)
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _publish(beside: Path, folder: Path) -> None:
+    """Give the finished folder its name, durably; a damaged one of that name gives way."""
+    for path in (*(p for p in beside.rglob("*") if p.is_dir()), beside):
+        _sync_folder(path)
+    if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    os.replace(beside, folder)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _identity(state: TrainState) -> dict[str, Any]:
+    """Return what must agree between a checkpoint and the run that takes it up."""
+    return {"stage": state.stage, "settings": state.settings, "plan": state.plan}
+
+
+def _wait() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()

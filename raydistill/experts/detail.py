@@ -1,0 +1,107 @@
+"""Algorithm 2: the detail expert's draw and its critic's (DCM, sec. 3.3, eqs. 9, 10; its code's weights)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raydistill.config.distill import ObjectiveConfig
+from raydistill.consistency.losses import feature_matching, hinge_critic, hinge_generator
+from raydistill.consistency.schedule import renoise
+from raydistill.experts.semantic import (
+    Jumped,
+    Losses,
+    Networks,
+    Segment,
+    Term,
+    Terms,
+    add_up,
+    consistency_pair,
+    consistency_terms,
+)
+from raydistill.models.protocols import FeatureField
+from raydistill.types import Batch, Latents, Times
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What the adversarial terms look through: the frozen, unguided teacher and the critic's heads on it."""
+
+    teacher: FeatureField
+    critic: nn.Module | None
+    """None when the adversarial weight is 0."""
+    blocks: Sequence[int]
+    grid: tuple[int, int, int]
+    """Token grid of one sample: frames, height, width."""
+    real: str
+    """'target': the consistency goal, as published; 'data': re-noised clean latents."""
+
+
+@dataclass(frozen=True)
+class CriticInputs:
+    """Feature maps of the student's turn, detached: the teacher is frozen, the critic's turn reuses them."""
+
+    fake: list[Tensor]
+    real: list[Tensor]
+    t: Times
+
+
+def renoised_pair(
+    segment: Segment, batch: Batch, pair: Jumped, leaf: Latents, real: str
+) -> tuple[Latents, Latents, Times]:
+    """Student's sample and the real one at one drawn time, with the same noise for both (DCM's code)."""
+    _, a, s = segment.times(batch.index, "adversarial time")
+    noise = segment.noise(batch.index, leaf, "adversarial noise")
+    fake = renoise(leaf, noise, a, s)
+    if real == "data":
+        return fake, segment.schedule.add_noise(batch.latents, noise, a), a
+    return fake, renoise(pair.goal, noise, a, s), a
+
+
+def adversarial_terms(
+    judges: Judges, segment: Segment, batch: Batch, pair: Jumped, objective: ObjectiveConfig
+) -> tuple[Terms, Latents, CriticInputs]:
+    """Generator's hinge and feature matching on a leaf that stands for the guess.
+
+    Returns terms, the leaf, and the critic's inputs. The gradient with respect to the leaf is taken here and
+    handed to the student by one product, so that this graph is freed before the student's, and the critic's
+    engine sees none of it.
+    """
+    leaf = pair.guess.detach().requires_grad_()
+    fake, real, a = renoised_pair(segment, batch, pair, leaf, judges.real)
+    fake_maps, fake_seen = judges.teacher.features(fake, a, batch.text, judges.blocks)
+    with torch.no_grad():
+        real_maps, real_seen = judges.teacher.features(real, a, batch.text, judges.blocks)
+    terms: dict[str, Term] = {}
+    if objective.adversarial and judges.critic is not None:
+        logits = judges.critic(fake_maps, judges.grid)
+        terms["adversarial"] = Term(objective.adversarial, hinge_generator(logits), a)
+    if objective.feature_matching:
+        terms["feature_matching"] = Term(
+            objective.feature_matching, feature_matching(fake_seen, real_seen), a
+        )
+    return terms, leaf, CriticInputs([m.detach() for m in fake_maps], real_maps, a)
+
+
+def detail_losses(
+    nets: Networks, judges: Judges | None, segment: Segment, batch: Batch, objective: ObjectiveConfig
+) -> tuple[Losses, CriticInputs | None]:
+    """One draw of L for t in (0, boundary]; without judges it is the consistency loss alone."""
+    pair = consistency_pair(nets, segment, batch)
+    consistency = add_up(consistency_terms(pair, objective))
+    if judges is None:
+        return consistency, None
+    terms, leaf, seen = adversarial_terms(judges, segment, batch, pair, objective)
+    extra = add_up(terms)
+    (gradient,) = torch.autograd.grad(extra.total, leaf)
+    # The product's gradient is that of `extra.total`; its own value is no loss and is taken out again.
+    through = (pair.guess * gradient).sum()
+    total = consistency.total + extra.total.detach() + through - through.detach()
+    return Losses(total, {**consistency.terms, **extra.terms}), seen
+
+
+def critic_losses(critic: nn.Module, seen: CriticInputs, grid: tuple[int, int, int]) -> Losses:
+    """Critic's hinge on the features of the student's turn (DCM, eq. 10, with the margins of its code)."""
+    value = hinge_critic(critic(seen.real, grid), critic(seen.fake, grid))
+    return add_up({"critic": Term(1.0, value, seen.t)})

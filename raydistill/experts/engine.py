@@ -1,0 +1,335 @@
+"""How gradients move between machines: one engine per trainable role, over DeepSpeed's ZeRO.
+
+How to use one, also when the loss passes through other networks that have engines of their own:
+
+    y = engine.module(x)                              # forward through .module, never through the wrapper
+    leaf = y.detach().requires_grad_()
+    (g,) = torch.autograd.grad(loss_of(leaf), leaf)   # here the graph may pass critic and teacher
+    engine.backward((y * g).sum())                    # and here it ends at this engine's weights
+    engine.step()
+
+A plain `engine.backward(loss)` is right only where the loss meets no other engine's weights: DeepSpeed's
+hooks sit on every weight that a backward pass reaches (the critic's gradients would be reduced in the
+student's turn).
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raydistill.config.distill import EngineConfig, OptimizerConfig
+from raydistill.experts.parts import KINDS, Parts, save_parts
+from raydistill.experts.plain_engine import (
+    TorchEngine,
+    adamw_state,
+    build_adamw,
+    learning_rate_at,
+    rank_and_size,
+)
+
+
+class Engine(Protocol):
+    """A trainable network, its optimizer, its share of the machines. All ranks call every method."""
+
+    module: nn.Module
+    """For forward passes. Its trainable parameters may be shards outside `gathered`."""
+    trainable_parameters: dict[str, nn.Parameter]
+    """By name, in a fixed order."""
+    dtype: torch.dtype
+    """Of the module's weights; inputs must be cast to it."""
+    steps: int
+    """Optimizer steps done."""
+    grad_norm: float | None
+    """Global gradient norm of the last step, before clipping; None before the first."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step: a pure function of `steps`."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's mean loss, divided here by the micro-batches of a round."""
+        ...
+
+    def step(self) -> bool:
+        """Close a micro-batch; clip and update at the end of a round. True if an optimizer step happened."""
+        ...
+
+    def gathered(self, parameters: Iterable[nn.Parameter] | None = None) -> Any:
+        """Context in which these parameters (default: all of the module's) are whole, for reading."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return whole float32 copies of the trainable parameters, on the CPU of every rank."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer states, each rank its share. Call it between rounds."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read them back, on any number of ranks. Raises IncompatibleCheckpoint."""
+        ...
+
+    def close(self) -> None:
+        """Free hooks and buffers; the engine is of no use afterwards."""
+        ...
+
+
+def build_engine(
+    module: nn.Module,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    *,
+    num_steps: int,
+    accumulation: int = 1,
+) -> Engine:
+    """Take a module with its final requires_grad flags into an engine.
+
+    `num_steps` is the length of the learning-rate curve. With ZeRO 3 the module's parameters become shards,
+    and in bf16 they are cast: copy averages and targets before.
+    """
+    if config.backend == "torch":
+        lengths = {"num_steps": num_steps, "accumulation": accumulation}
+        return TorchEngine(module, optimizer, precision=config.precision, **lengths)
+    return DeepSpeedEngine(module, config, optimizer, num_steps=num_steps, accumulation=accumulation)
+
+
+def deepspeed_config(
+    config: EngineConfig, optimizer: OptimizerConfig, *, accumulation: int, num_weights: int
+) -> dict[str, Any]:
+    """Return DeepSpeed's own JSON; `config.extra` is merged in last, section by section."""
+    bucket = min(
+        -(-num_weights // 4096) * 4096, 100_000_000
+    )  # DeepSpeed's 500 million are 2 GB for the smallest model
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": False,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # a name only: batches are the loop's business
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.gradient_clipping,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "wall_clock_breakdown": False,
+    }
+    if config.precision == "bf16":
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(result, config.extra)
+
+
+class DeepSpeedEngine:
+    """An `Engine` over DeepSpeed's ZeRO 0-3 with torch's AdamW."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        *,
+        num_steps: int,
+        accumulation: int,
+    ):
+        self._deepspeed = load_deepspeed()
+        join_process_group()
+        self.module = module
+        self.trainable_parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._shapes = {n: p.shape for n, p in self.trainable_parameters.items()}
+        self.steps = 0
+        self.grad_norm: float | None = None
+        self._optimizer_config, self._num_steps = optimizer, num_steps
+        self._stage = config.zero_stage
+        self._adamw = build_adamw(self.trainable_parameters.values(), optimizer)
+        num_weights = sum(p.numel() for p in self.trainable_parameters.values())
+        json = deepspeed_config(config, optimizer, accumulation=accumulation, num_weights=num_weights)
+        with redirect_stdout(StringIO()):  # some stages print their memory whatever the log level
+            self._engine, *_ = self._deepspeed.initialize(
+                model=module,
+                model_parameters=list(self.trainable_parameters.values()),
+                optimizer=self._adamw,
+                config=json,
+                dist_init_required=False,
+            )
+        self.dtype = next(iter(self.trainable_parameters.values())).dtype
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        return learning_rate_at(self.steps, self._optimizer_config, self._num_steps)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's mean loss; DeepSpeed divides by those of a round."""
+        if self._stage:
+            # What DeepSpeed's own forward does, which `.module` goes around. Without it every micro-batch but
+            # the last of a round is silently lost at ZeRO 3, and at ZeRO 1 in bf16 some count twice.
+            self._engine.optimizer.clear_backward_seen_flag()
+            self._deepspeed.runtime.utils.register_output_backward_hooks(
+                loss, self._engine._backward_prologue
+            )
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """Close a micro-batch; at the end of the round, clip, update and return True."""
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            if self._stage == 0:  # DeepSpeed clips here without saying by how much
+                gradients = [p.grad for p in self.trainable_parameters.values() if p.grad is not None]
+                self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._engine.step()
+        if last:
+            self.steps += 1
+            self.grad_norm = (
+                self.grad_norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
+            )
+        return last
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+        """Bring shards together for reading; does nothing below ZeRO 3."""
+        if self._stage < 3:
+            yield
+            return
+        chosen = list(self.module.parameters() if parameters is None else parameters)
+        with self._deepspeed.zero.GatheredParameters(chosen):
+            yield
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return whole float32 copies of the trainable parameters, on the CPU of every rank."""
+        names = self.trainable_parameters
+        return {
+            n: self._read(p, KINDS[0]).detach().to("cpu", torch.float32, copy=True) for n, p in names.items()
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer states, each rank its share."""
+        rank, world_size = rank_and_size()
+        save_parts(folder, self._tensors(), step=self.steps, rank=rank, world_size=world_size)
+
+    def load(self, folder: Path) -> None:
+        """Read them back, on any number of ranks and at any ZeRO stage."""
+        parts = Parts(folder)
+        parts.require(self._shapes)
+        if parts.step:
+            for flat in self._flat_masters():
+                adamw_state(self._adamw, flat, parts.step)
+            if self._stage in (1, 2):
+                self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.trainable_parameters.items():
+            for kind in KINDS if parts.step else KINDS[:1]:
+                self._write(parameter, kind, parts.get(kind, name))
+        if self._stage in (1, 2):
+            self._engine.optimizer.update_lp_params()
+        self.steps = parts.step
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module and free its buffers."""
+        self._engine.destroy()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `save` writes."""
+        for name, parameter in self.trainable_parameters.items():
+            for kind in KINDS if self.steps else KINDS[:1]:
+                yield f"{kind}/{name}", self._read(parameter, kind)
+
+    def _read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Return the whole master weight, or a whole moment, of a parameter."""
+        if self._stage == 0:
+            return parameter if kind == KINDS[0] else self._adamw.state[parameter][kind]
+        if kind == KINDS[0]:
+            return self._deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return self._deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
+
+    def _write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        """Take this rank's share of a whole tensor into the master weight or a moment."""
+        utils = self._deepspeed.utils
+        if self._stage == 0:
+            self._read(parameter, kind).data.copy_(value)
+        elif self._stage < 3:
+            value = value.to(parameter.device)
+            if kind == KINDS[0]:
+                utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, value, kind)
+        else:
+            self._write_shard(parameter, kind, value)
+
+    def _write_shard(self, parameter: Any, kind: str, value: Tensor) -> None:
+        """Cut ZeRO 3's shard here, as DeepSpeed's setter does not pad; then refresh the working weights."""
+        rank, world_size = rank_and_size()
+        length = parameter.ds_tensor.numel()
+        padded = torch.zeros(length * world_size, dtype=torch.float32)
+        padded[: value.numel()] = value.flatten()
+        shard = padded.narrow(0, rank * length, length)
+        if kind != KINDS[0]:
+            self._deepspeed.utils.safe_set_local_optimizer_state(parameter, shard, kind)
+            return
+        self._deepspeed.utils.safe_set_local_fp32_param(parameter, shard)
+        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    def _flat_masters(self) -> list[Tensor]:
+        """Return the flat float32 tensors that AdamW really works on."""
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if self._stage == 0:
+            return list(self.trainable_parameters.values())
+        return [flat for group in self._adamw.param_groups for flat in group["params"]]
+
+
+def load_deepspeed() -> Any:
+    """Import DeepSpeed, quietly, and on CPU without its shared-memory all-reduce.
+
+    That operator leaves 66 MiB per rank in /dev/shm even after a clean exit, and needs a compiler.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its imports touch what torch deprecates
+        import deepspeed
+        import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its calls of collectives that torch renames are none of the user's business.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def join_process_group() -> None:
+    """Join the workers' process group, or make one of this process alone; DeepSpeed takes it over."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
+    os.environ.setdefault("LOCAL_RANK", "0")  # read by DeepSpeed even now
+    load_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _merged(ours: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `ours` with the keys of `extra` set, descending into sections."""
+    result = dict(ours)
+    for key, value in extra.items():
+        section = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if section else value
+    return result

@@ -1,0 +1,83 @@
+"""The training loop: draw, backward, step, average, report, save. One worker's view."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from raydistill.errors import NonFiniteLoss
+from raydistill.experts.detail import CriticInputs, critic_losses, detail_losses
+from raydistill.experts.meter import Meter
+from raydistill.experts.semantic import Losses, semantic_losses
+from raydistill.experts.stages import Stage
+from raydistill.types import Batch
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called with the optimiser step and figures; every rank calls it."""
+Save = Callable[[int], None]
+
+
+def require_finite(losses: Losses, step: int) -> None:
+    """Raise NonFiniteLoss naming the first term that is NaN or infinite."""
+    for name, term in losses.terms.items():
+        total = float(term.value.sum())
+        if not math.isfinite(total):
+            raise NonFiniteLoss(name, step, total)
+
+
+def draw(stage: Stage, batch: Batch) -> tuple[Losses, CriticInputs | None]:
+    """One draw of the stage's loss."""
+    if stage.name == "semantic":
+        return semantic_losses(stage.nets, stage.segment, batch, stage.config.objective), None
+    return detail_losses(stage.nets, stage.judges, stage.segment, batch, stage.config.objective)
+
+
+def critic_turn(stage: Stage, seen: CriticInputs, meter: Meter) -> None:
+    """Teach the critic on the features of the student's turn."""
+    judges, engine = stage.judges, stage.critic_engine
+    if judges is None or engine is None:
+        return
+    turn = critic_losses(engine.module, seen, judges.grid)
+    require_finite(turn, engine.steps)
+    meter.add(turn)
+    engine.backward(turn.total)
+    engine.step()
+
+
+def distill(
+    stage: Stage, batches: Iterable[Batch], *, report_every: int, save_every: int, report: Report, save: Save
+) -> None:
+    """Train until `stage.config.num_steps` from wherever the engine stands; `batches` starts at that step."""
+    meter, engine, began, since = Meter(), stage.engine, time.perf_counter(), stage.engine.steps
+    if engine.steps >= stage.config.num_steps:
+        return
+    for batch in batches:
+        losses, seen = draw(stage, batch)
+        require_finite(losses, engine.steps)
+        meter.add(losses)
+        engine.backward(losses.total)
+        if seen is not None:
+            critic_turn(stage, seen, meter)
+        del losses, seen
+        if not engine.step():
+            continue
+        stage.update_averages()
+        step, done = engine.steps, engine.steps == stage.config.num_steps
+        if step % report_every == 0 or done:
+            rate = (step - since) / (time.perf_counter() - began)
+            figures = {
+                "grad_norm": engine.grad_norm or 0.0,
+                "learning_rate": engine.learning_rate,
+                "steps_per_s": rate,
+            }
+            report(step, meter.read() | figures | _memory())
+            began, since = time.perf_counter(), step
+        if step % save_every == 0 or done:
+            save(step)
+        if done:
+            return
+
+
+def _memory() -> dict[str, float]:
+    return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}

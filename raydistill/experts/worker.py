@@ -1,0 +1,129 @@
+"""What one training process does: build its stage, take it up where it stood, run the loop."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raydistill.config.distill import DistillConfig
+from raydistill.experts import checkpoint
+from raydistill.experts.launch import Worker
+from raydistill.experts.loop import distill
+from raydistill.experts.parts import Parts
+from raydistill.experts.stages import build_stage, build_student
+from raydistill.experts.tracking import Tracker
+from raydistill.models.wan import WanField, load_teacher
+from raydistill.types import Batch
+
+AVERAGES = "averages.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every worker of a run is told; plain values and functions, so that it can travel."""
+
+    config: DistillConfig
+    settings: Mapping[str, Any]
+    """What shapes the numbers, see `settings_of`."""
+    plan: Mapping[str, Any]
+    """The data plan's integers, without the step."""
+    batches: Callable[[Worker, int], Iterator[Batch]]
+    """(worker, micro batch) -> this worker's micro-batches from worker.start_step on."""
+    example: tuple[Tensor, Tensor]
+    """Latents and text of one sample, for shapes."""
+    semantic: Path | None = None
+    """Last checkpoint of the semantic stage, for the detail stage."""
+
+
+def settings_of(config: DistillConfig, stage: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings that shape a stage's numbers; a checkpoint made with others is refused.
+
+    Where a run lies, how it is watched and on how many workers it runs are not among them.
+    """
+    values = asdict(config)
+    for name in ("output", "data", "teacher", "codec", "scale", "tracking", "sampling", "save_every", "keep"):
+        del values[name]
+    for name in ("report_every", "resume", "engine"):
+        del values[name]
+    if stage == "semantic":
+        del values["detail"]
+    return {**values, "precision": config.engine.precision, **digests}
+
+
+def require_own_checkpoints(run: Run, stage: str) -> None:
+    """Refuse an output folder that another run began, also where it finished and nothing would be left to do.
+
+    Raises IncompatibleCheckpoint, naming every setting that differs.
+    """
+    newest = checkpoint.newest_verified(Path(run.config.output), stage)
+    if newest is not None:
+        expected = checkpoint.TrainState(stage=stage, step=0, settings=run.settings, plan=run.plan)
+        checkpoint.require_same_run(newest, expected)
+
+
+def train(worker: Worker) -> None:
+    """Train `worker.stage` to its end; given to `launch`, which calls it in every worker process."""
+    run: Run = worker.config
+    config = run.config
+    teacher = load_teacher(config.teacher).to(worker.device)
+    semantic = load_result(config, run.semantic, teacher) if run.semantic else None
+    latents, text = (x.to(worker.device) for x in run.example)
+    stage = build_stage(config, worker.stage, teacher, semantic, latents, text)
+    state = checkpoint.TrainState(stage=worker.stage, step=0, settings=run.settings, plan=run.plan)
+    if worker.resume_from is not None:
+        files = {AVERAGES: stage.load_averages}
+        checkpoint.load(worker.resume_from, state, engines=stage.engines(), extra=files)
+    tracker = Tracker(config.tracking, worker.run_dir, asdict(config)) if worker.rank == 0 else None
+
+    def report(step: int, figures: dict[str, float]) -> None:
+        if tracker is not None:
+            tracker.write(stage.name, step, figures)
+
+    def save(step: int) -> None:
+        extra = {AVERAGES: stage.save_averages}
+        reached = replace(state, step=step)
+        checkpoint.save(worker.run_dir, reached, engines=stage.engines(), extra=extra, keep=config.keep)
+
+    batches = on_device(run.batches(worker, stage.config.micro_batch), worker)
+    every = {"report_every": config.report_every, "save_every": config.save_every}
+    try:
+        distill(stage, batches, **every, report=report, save=save)
+    finally:
+        if tracker is not None:
+            tracker.close()
+        stage.close()
+
+
+def on_device(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:
+    """Move each batch's tensors to the worker's device; indices stay, they key random numbers."""
+    for batch in batches:
+        yield Batch(batch.index, batch.latents.to(worker.device), batch.text.to(worker.device))
+
+
+def load_result(
+    config: DistillConfig, folder: Path, teacher: WanField, semantic: WanField | None = None
+) -> WanField:
+    """Rebuild a stage's result, the averaged student, from its last checkpoint; frozen.
+
+    Without `semantic` it is the semantic (or single) expert; with it, the detail expert over it.
+    """
+    return _with_weights(
+        build_student(config, teacher, semantic), folder, averaged=bool(config.average_decay)
+    )
+
+
+def _with_weights(student: WanField, folder: Path, *, averaged: bool) -> WanField:
+    names = [n for n, p in student.named_parameters() if p.requires_grad]
+    if averaged:
+        kept = load_file(folder / AVERAGES)
+        weights = {n: kept[f"average/{n}"] for n in names}
+    else:
+        parts = Parts(folder / "student")
+        weights = {n: parts.get("weight", n) for n in names}
+    own = dict(student.named_parameters())
+    for name, value in weights.items():
+        own[name].data.copy_(value)
+    return student.requires_grad_(False).eval()

@@ -1,0 +1,87 @@
+"""Clips and captions to latents and text embeddings, in batches of equal shape."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydistill.artifacts import tree_digest, tree_files
+from raydistill.errors import InvalidValue, MissingArtifact
+from raydistill.models.text import WordVectors
+
+NORMALISATION = "frames / 127.5 - 1; latents by the codec's own mean and deviation"
+
+
+class Encoder:
+    """A codec and a text encoder on one device."""
+
+    def __init__(
+        self,
+        codec: str | Path,
+        *,
+        text: WordVectors,
+        batch_size: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+    ):
+        """Load the codec. `dtype` is that of the stored latents."""
+        from raydistill.models.codec import load_codec  # seconds of diffusers, which the driver does not need
+
+        self.codec = load_codec(codec).to(device)
+        self.text, self.batch_size, self.dtype, self.device = text, batch_size, np.dtype(dtype), device
+
+    @torch.inference_mode()
+    def __call__(
+        self, clips: Sequence[np.ndarray], captions: Sequence[str]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encode uint8 clips (f, h, w, 3): per clip latents (c, f', h', w') and text (l, d).
+
+        The batches depend on the order of the clips alone, so the same clips give the same bits.
+        """
+        text = self.text(captions).numpy() if captions else ()
+        latents: list[np.ndarray] = []
+        start = 0
+        while start < len(clips):
+            end = start + 1
+            while end < min(start + self.batch_size, len(clips)) and clips[end].shape == clips[start].shape:
+                end += 1
+            z = self.codec.encode(frames_to_tensor(clips[start:end]).to(self.device))
+            latents.extend(z.float().cpu().numpy().astype(self.dtype))
+            start = end
+        return list(zip(latents, text, strict=True))
+
+
+def frames_to_tensor(clips: Sequence[np.ndarray]) -> Tensor:
+    """Stack uint8 clips (f, h, w, 3) into float32 (b, 3, f, h, w) in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(clips))
+    return stacked.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+
+
+def models_identity(codec: str | Path, text: WordVectors) -> dict[str, Any]:
+    """Return what stands for the models in a fingerprint: the contents of every file, not where they lie."""
+    folder = Path(codec)
+    if not (folder / "config.json").is_file():
+        raise MissingArtifact(
+            f"encode.codec: no codec at {folder.absolute()}: expected a diffusers autoencoder's folder"
+        )
+    kind = json.loads((folder / "config.json").read_bytes()).get("_class_name", "unknown")
+    return {
+        "codec": {"kind": kind, "digest": tree_digest(folder), "files": tree_files(folder)},
+        "text": dict(text.identity),
+    }
+
+
+def require_length(codec: str | Path, num_frames: int) -> None:
+    """Check a clip's length against the codec's compression of time. Raises InvalidValue."""
+    config = json.loads((Path(codec) / "config.json").read_bytes())
+    if config.get("_class_name") != "AutoencoderKLWan":
+        return
+    factor = int(config.get("scale_factor_temporal") or 4)
+    if (num_frames - 1) % factor:
+        near = (num_frames - 1) // factor * factor + 1
+        expected = f"1 more than a multiple of {factor}, e.g. {near}: this codec compresses time by {factor}"
+        raise InvalidValue("clip.num_frames", num_frames, expected)

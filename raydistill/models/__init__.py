@@ -1,0 +1,1 @@
+"""What the mathematics is applied to: four protocols, and networks, codecs and encoders that follow them."""

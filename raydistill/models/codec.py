@@ -1,0 +1,101 @@
+"""Video codecs: diffusers autoencoders behind `VideoCodec`, with the latents normalised per channel."""
+
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+from diffusers import AutoencoderKLWan, AutoencoderTiny
+from einops import rearrange
+from torch import Tensor, nn
+
+from raydistill.errors import MissingArtifact
+from raydistill.types import Latents
+
+SCALING = "latents.json"
+
+
+class FrameCodec(nn.Module):
+    """Frame by frame through an `AutoencoderTiny`: 8x down in space, none in time."""
+
+    def __init__(self, autoencoder: AutoencoderTiny, mean: list[float], deviation: list[float]):
+        """Normalise each latent channel by the training set's mean and deviation."""
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1, 1))
+
+    def encode(self, frames: Tensor) -> Latents:
+        """(b, 3, f, h, w) in [-1, 1] to (b, c, f, h/8, w/8)."""
+        z = self.autoencoder.encode(rearrange(frames, "b c f h w -> (b f) c h w"), return_dict=False)[0]
+        return (rearrange(z, "(b f) c h w -> b c f h w", b=len(frames)) - self.mean) / self.deviation
+
+    def decode(self, latents: Latents) -> Tensor:
+        """Inverse shapes of `encode`; clipped to [-1, 1]."""
+        z = rearrange(latents * self.deviation + self.mean, "b c f h w -> (b f) c h w")
+        frames = cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0])
+        return rearrange(frames, "(b f) c h w -> b c f h w", b=len(latents)).clamp(-1, 1)
+
+    def save(self, folder: Path) -> None:
+        """Write the diffusers folder and the normalisation beside it."""
+        self.autoencoder.save_pretrained(folder, safe_serialization=True)
+        scaling = {"mean": self.mean.flatten().tolist(), "deviation": self.deviation.flatten().tolist()}
+        (Path(folder) / SCALING).write_text(json.dumps(scaling, indent=1) + "\n", encoding="utf-8")
+
+
+class WanCodec(nn.Module):
+    """`AutoencoderKLWan`: 8x down in space, 4x in time after the first frame; takes the posterior's mode."""
+
+    def __init__(self, autoencoder: AutoencoderKLWan):
+        """Take the normalisation from the autoencoder's own config."""
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", torch.tensor(autoencoder.config["latents_mean"]).view(1, -1, 1, 1, 1))
+        self.register_buffer(
+            "deviation", torch.tensor(autoencoder.config["latents_std"]).view(1, -1, 1, 1, 1)
+        )
+
+    def encode(self, frames: Tensor) -> Latents:
+        """(b, 3, 4k+1, h, w) in [-1, 1] to (b, 16, k+1, h/8, w/8)."""
+        return (self.autoencoder.encode(frames, return_dict=False)[0].mode() - self.mean) / self.deviation
+
+    def decode(self, latents: Latents) -> Tensor:
+        """Inverse shapes of `encode`; clipped to [-1, 1]."""
+        frames = cast(
+            Tensor, self.autoencoder.decode(latents * self.deviation + self.mean, return_dict=False)[0]
+        )
+        return frames.clamp(-1, 1)
+
+
+def build_tiny_codec(seed: int, width: int = 32) -> FrameCodec:
+    """Build the small world's codec, untrained: four latent channels, 0.2 M parameters at width 32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        channels = (width,) * 4  # AutoencoderTiny wants equal widths
+        autoencoder = AutoencoderTiny(
+            encoder_block_out_channels=channels,
+            decoder_block_out_channels=channels,
+            num_encoder_blocks=(0, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 0),
+        )
+    return FrameCodec(autoencoder, [0.0] * 4, [1.0] * 4).eval()
+
+
+def load_codec(path: str | Path) -> FrameCodec | WanCodec:
+    """Load a codec folder, safetensors only; raises MissingArtifact when it is no codec."""
+    folder = Path(path)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise MissingArtifact(f"no codec at {folder}: expected the folder of a diffusers autoencoder")
+    kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    if kind == "AutoencoderKLWan":
+        return WanCodec(AutoencoderKLWan.from_pretrained(folder, use_safetensors=True)).eval()
+    if kind == "AutoencoderTiny":
+        scaling = json.loads((folder / SCALING).read_text(encoding="utf-8"))
+        autoencoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
+        return FrameCodec(autoencoder, scaling["mean"], scaling["deviation"]).eval()
+    raise MissingArtifact(f"{folder} holds a {kind}: known codecs are AutoencoderTiny and AutoencoderKLWan")

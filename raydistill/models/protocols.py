@@ -1,0 +1,47 @@
+"""What the maths is applied to: four protocols, no base classes."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from raydistill.types import Latents, Text, Times
+
+
+@runtime_checkable
+class VelocityField(Protocol):
+    """v(x_t, t, text), the network's prediction; on rectified flow the velocity noise - x0."""
+
+    def __call__(self, x_t: Latents, t: Times, text: Text, /) -> Latents:
+        """Predict at times t in [0, 1], one per sample; shape of x_t."""
+        ...
+
+
+class VideoCodec(Protocol):
+    """Frames to normalised latents and back."""
+
+    def encode(self, frames: Tensor) -> Latents:
+        """Frames (b, 3, f, h, w) in [-1, 1] to latents of about unit variance per channel."""
+        ...
+
+    def decode(self, latents: Latents) -> Tensor:
+        """Latents to frames (b, 3, f, h, w), clipped to [-1, 1]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Captions to embeddings."""
+
+    def __call__(self, captions: Sequence[str]) -> Text:
+        """Embed each caption: (b, tokens, width), zero-padded."""
+        ...
+
+
+class FeatureField(VelocityField, Protocol):
+    """A velocity field whose hidden maps a critic can look at."""
+
+    def features(
+        self, x_t: Latents, t: Times, text: Text, blocks: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Hidden maps after the given blocks, and the same maps through the network's own last layer."""
+        ...

@@ -1,0 +1,41 @@
+"""Text encoders. The small world's needs no weights: one fixed vector per word."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from raydistill.types import Text
+
+STOP_WORDS = frozenset({"a", "an", "the", "of", "moves", "move", "over", "on", "in", "is", "background"})
+
+
+class WordVectors:
+    """A caption as a bag of fixed random word vectors, drawn from the word's own hash.
+
+    Unknown words need no vocabulary: two encoders agree on every word. Words beyond `num_tokens` are dropped.
+    """
+
+    def __init__(self, num_tokens: int = 8, width: int = 32):
+        """Keep at most `num_tokens` words; each is a unit-variance vector of `width`."""
+        self.num_tokens, self.width = num_tokens, width
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What shapes the embedding, for fingerprints."""
+        return {"kind": "word_vectors", "version": 1, "num_tokens": self.num_tokens, "width": self.width}
+
+    def _vector(self, word: str) -> np.ndarray:
+        key = np.frombuffer(hashlib.sha256(word.encode()).digest()[:16], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).standard_normal(self.width)
+
+    def __call__(self, captions: Sequence[str]) -> Text:
+        """Embed captions: float32 (b, num_tokens, width), zero after the last word; '' is the null text."""
+        out = np.zeros((len(captions), self.num_tokens, self.width), dtype=np.float32)
+        for row, caption in zip(out, captions, strict=True):
+            words = [w for w in re.findall(r"[^\W_]+", caption.lower()) if w not in STOP_WORDS]
+            for token, word in zip(row, words, strict=False):
+                token[:] = self._vector(word)
+        return torch.from_numpy(out)

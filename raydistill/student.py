@@ -1,0 +1,140 @@
+"""The distilled student on disk: weights, how to sample with them, and what they were made from.
+
+A folder: `semantic/` (diffusers' own layout), `detail.safetensors` (what the detail expert adds) or `detail/`
+(a whole second network), and `student.json`, written last, with the sha256 of every other file.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from raydistill.artifacts import tree_digest, tree_files, write_json
+from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
+from raydistill.consistency.solver import guided
+from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact
+from raydistill.models.expert import add_detail, load_own_state, own_state
+from raydistill.models.protocols import VelocityField
+from raydistill.models.wan import WanField, load_teacher
+from raydistill.sampler import SamplingPlan
+
+VERSION = 1
+CARD = "student.json"
+Kind = Literal["dual", "single", "dual_full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Everything about a student but its weights."""
+
+    kind: Kind
+    boundary: float | None
+    """Time at which the semantic expert hands over; None for a single expert."""
+    grid: TimeGrid
+    guidance_scale: float
+    """Guidance of the teacher it was distilled from; also that of a teacher's tail."""
+    latent_shape: tuple[int, int, int, int]
+    """Channels, frames, height, width it was trained on."""
+    text_shape: tuple[int, int]
+    lora: tuple[int, float] | None = None
+    """Rank and alpha of the detail expert's low-rank branch."""
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    """Digests of teacher, codec and latents, and the seed."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A loaded student: its experts by name, ready for `raydistill.sampler`."""
+
+    card: Card
+    fields: Mapping[str, VelocityField]
+    """'semantic', 'detail', and 'teacher' (guided) when one was given."""
+    plans: Mapping[int, SamplingPlan]
+    """As stored, by number of steps."""
+    schedule: RectifiedFlow = field(default_factory=RectifiedFlow)
+
+    def plan(self, num_steps: int) -> SamplingPlan:
+        """Return the stored plan; raises SamplingError for a number of steps that has none."""
+        if num_steps not in self.plans:
+            offered = ", ".join(map(str, sorted(self.plans)))
+            raise SamplingError(f"this student samples in {offered} steps, not in {num_steps}")
+        return self.plans[num_steps]
+
+    @property
+    def kind(self) -> str:
+        """'dual', 'single' or 'dual_full'."""
+        return self.card.kind
+
+
+def save_student(
+    folder: Path, card: Card, semantic: WanField, detail: WanField | None, plans: Mapping[int, SamplingPlan]
+) -> None:
+    """Write a student; the card comes last, so that a folder without one is never taken for whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
+    semantic.transformer.save_pretrained(folder / "semantic", safe_serialization=True)
+    if detail is not None and card.kind == "dual_full":
+        detail.transformer.save_pretrained(folder / "detail", safe_serialization=True)
+    elif detail is not None:
+        save_file({k: v.contiguous() for k, v in own_state(detail).items()}, folder / "detail.safetensors")
+    card_values = {
+        "version": VERSION,
+        **asdict(card),
+        "plans": {n: p.to_dict() for n, p in plans.items()},
+        "sha256": tree_files(folder),
+    }
+    write_json(folder / CARD, card_values)
+
+
+def read_card(folder: Path) -> tuple[Card, dict[int, SamplingPlan]]:
+    """Read and check a student's card; returns it with the stored plans.
+
+    Raises MissingArtifact, StaleArtifact (another version) or CorruptArtifact (a file differs from its hash).
+    """
+    if not (folder / CARD).is_file():
+        raise MissingArtifact(f"no student at {folder}: {CARD} is missing; jobs/distill.py writes it last")
+    values = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    if values.pop("version", None) != VERSION:
+        raise StaleArtifact(f"{folder / CARD} is not of version {VERSION}: distil again with this release")
+    promised, found = values.pop("sha256"), tree_files(folder)
+    wrong = sorted(name for name, digest in promised.items() if found.get(name) != digest)
+    if wrong:
+        raise CorruptArtifact(
+            f"{folder}: {', '.join(wrong)} differ from what {CARD} says: copy the student again"
+        )
+    plans = {int(n): SamplingPlan.from_dict(plan) for n, plan in values.pop("plans").items()}
+    for name in ("latent_shape", "text_shape"):
+        values[name] = tuple(values[name])
+    values["lora"] = tuple(values["lora"]) if values["lora"] else None
+    values["grid"] = TimeGrid(**values["grid"])
+    return Card(**values), plans
+
+
+def load_student(path: str | Path, teacher: str | Path | None = None) -> Student:
+    """Load a student; with the teacher's folder also plans with a teacher's tail can run.
+
+    Raises what `read_card` raises. The teacher must be the one it was distilled from (StaleArtifact).
+    """
+    folder = Path(path)
+    card, plans = read_card(folder)
+    semantic = load_teacher(folder / "semantic").requires_grad_(False)
+    fields: dict[str, VelocityField] = {"semantic": semantic}
+    if card.kind == "dual_full":
+        fields["detail"] = load_teacher(folder / "detail").requires_grad_(False)
+    elif card.lora is not None:
+        detail = add_detail(semantic, int(card.lora[0]), float(card.lora[1]), seed=0)
+        load_own_state(detail, load_file(folder / "detail.safetensors"))
+        fields["detail"] = detail.requires_grad_(False).eval()
+    if teacher is not None:
+        found = tree_digest(teacher)
+        if card.sources.get("teacher") not in (None, found):
+            raise StaleArtifact(f"{folder} was distilled from another teacher than {teacher}")
+        null_text = torch.zeros(card.text_shape)
+        fields["teacher"] = guided(
+            load_teacher(teacher).requires_grad_(False), null_text, card.guidance_scale
+        )
+    return Student(card, fields, plans)

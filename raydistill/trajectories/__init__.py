@@ -1,0 +1,1 @@
+"""Which latents train which step, and their way to the workers."""

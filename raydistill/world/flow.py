@@ -1,0 +1,201 @@
+"""Ray Data over paths: draw the small world, hash inputs, decode shards of files into clips."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from raydistill.errors import MediaError, PrepareError
+from raydistill.flow import ours_unwrapped
+from raydistill.world.clips import FILTERED, Clip, Cut, cut_image, cut_video
+from raydistill.world.decoder import Decoder
+from raydistill.world.drawing import draw_clips, finished_clips, open_world
+from raydistill.world.folder import Source
+from raydistill.world.inputs import Input, Shard, examine, require_unchanged
+from raydistill.world.media import Limits
+
+DECODED = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("order", pa.int64()),
+        ("files", pa.int64()),
+        ("file", pa.int64()),
+        ("outcome", pa.string()),
+        ("detail", pa.string()),
+        ("frames", pa.large_binary()),
+        ("shape", pa.list_(pa.int64())),
+    ]
+)
+"""One row per clip, or per file that gave none. `files`: how many the shard has; `detail`: JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """What a decode actor is told."""
+
+    root: str
+    lane: str
+    cut: Cut
+    limits: Limits
+    deadline_s: float = 60.0
+    memory_bytes: int = 4 * 2**30
+    recycle_after: int = 2000
+    audit_every: int = 100
+    child: str = "raydistill.world.decode_child"
+
+
+def write_world(folder: str | Path, num_clips: int, seed: int, *, report: Callable[[int], None]) -> list[str]:
+    """Draw the small world's training clips as mp4 files with captions; return their names.
+
+    Clips that are there are kept, so a stopped run goes on. `report` gets the number of clips written so far.
+    Raises StaleArtifact if the folder holds another world.
+    """
+    open_world(folder, seed)
+    missing = sorted(set(range(num_clips)) - finished_clips(folder, num_clips))
+    written = num_clips - len(missing)
+    report(written)
+    if missing:
+        chunks = [missing[start : start + 100] for start in range(0, len(missing), 100)]
+        items = [{"numbers": json.dumps(chunk)} for chunk in chunks]
+        with _data_context():
+            flow = ray.data.from_items(items, override_num_blocks=len(items)).map(
+                partial(_draw_chunk, folder=str(folder), seed=seed)
+            )
+            for row in ours_unwrapped(flow.iter_rows()):
+                written += row["written"]
+                report(written)
+    return [f"clip_{i:06d}.mp4" for i in range(num_clips)]
+
+
+def _draw_chunk(row: Mapping[str, Any], folder: str, seed: int) -> dict[str, int]:
+    """One block of the drawing flow."""
+    numbers = json.loads(row["numbers"])
+    try:
+        draw_clips(folder, numbers, seed)
+    except OSError as failed:
+        again = "nothing half-written counts; run the same command again when it can be written to"
+        raise PrepareError(f"{folder}: {failed.strerror}: {again}") from failed
+    return {"written": len(numbers)}
+
+
+def index(
+    root: str | Path,
+    sources: Sequence[Source],
+    *,
+    policy: str,
+    captions: Mapping[str, str] | None,
+    known: Mapping[tuple[str, int, int], str],
+) -> list[Input]:
+    """Examine all files, in tasks. `known`: hashes of files seen by an earlier run, by uri, bytes, mtime."""
+    task, running = ray.remote(_examine_part), []
+    for start in range(0, len(sources), 512):
+        part = sources[start : start + 512]
+        words = None if captions is None else {s.uri: captions[s.uri] for s in part if s.uri in captions}
+        hashes = [known.get((s.uri, s.bytes, s.mtime_ns), "") for s in part]
+        running.append(task.remote(str(root), part, hashes, policy, words))
+    return [found for part in ray.get(running) for found in part]
+
+
+def _examine_part(
+    root: str, part: Sequence[Source], hashes: Sequence[str], policy: str, captions: Mapping[str, str] | None
+) -> list[Input]:
+    """One task of `index`."""
+    pairs = zip(part, hashes, strict=True)
+    return [examine(root, s, policy=policy, captions=captions, sha256=sha) for s, sha in pairs]
+
+
+def decode_shards(
+    shards: Sequence[Shard], options: DecodeOptions, *, num_actors: int = 1, cpus_per_actor: float = 1.0
+) -> Dataset:
+    """Decode shards in a pool of actors: a dataset of one block per shard, see `DECODED`."""
+    items = [
+        {"shard": json.dumps({"name": s.name, "order": s.order, "inputs": [i.to_json() for i in s.inputs]})}
+        for s in shards
+    ]
+    with _data_context():
+        return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            DecodeShards,
+            fn_constructor_args=(options,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=min(num_actors, len(items))),
+            num_cpus=cpus_per_actor,
+        )
+
+
+class DecodeShards:
+    """A decode actor: shards of paths in, clips out. A bad file becomes a row with a reason."""
+
+    def __init__(self, options: DecodeOptions):
+        """Start the decode child with the first file."""
+        self.options = options
+        self.decoder = Decoder(
+            deadline_s=options.deadline_s,
+            memory_bytes=options.memory_bytes,
+            recycle_after=options.recycle_after,
+            child=options.child,
+        )
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Decode the shards of a block."""
+        shards = [json.loads(text) for text in table.column("shard").to_pylist()]
+        rows = [row for shard in shards for row in self._decode_shard(shard)]
+        return pa.Table.from_pylist(rows, schema=DECODED)
+
+    def _decode_shard(self, shard: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of one shard."""
+        inputs = [Input(**values) for values in shard["inputs"]]
+        for number, known in enumerate(inputs):
+            mark = {"shard": shard["name"], "order": shard["order"], "files": len(inputs), "file": number}
+            for row in self._decode_file(known):
+                yield {**mark, **row}
+
+    def _decode_file(self, known: Input) -> list[dict[str, Any]]:
+        """Return the clips of a file, all or none."""
+        began, about = time.monotonic(), {"uri": known.uri, "sha256": known.sha256, "caption": known.caption}
+        try:
+            return [clip_row(clip, {**about, "lane": self.options.lane}) for clip in self._cut(known)]
+        except MediaError as bad:
+            about |= {"reason": bad.reason, "message": bad.message, "bytes": known.bytes, "stage": "decode"}
+            about |= {"seconds": round(time.monotonic() - began, 3), "host": socket.gethostname()}
+            outcome = "filtered" if bad.reason in FILTERED else "quarantined"
+            return [{"outcome": outcome, "detail": json.dumps(about)}]
+
+    def _cut(self, known: Input) -> list[Clip]:
+        """Cut a file into clips."""
+        options = self.options
+        require_unchanged(options.root, known)
+        path = str(Path(options.root, known.uri))
+        if options.lane == "image":
+            return list(cut_image(self.decoder, path, options.cut, options.limits))
+        audit = bool(options.audit_every) and int(known.sha256[:8], 16) % options.audit_every == 0
+        return list(cut_video(self.decoder, path, options.cut, options.limits, audit=audit))
+
+
+def clip_row(clip: Clip, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a clip as a row: plain bytes, so that no Ray type gets into the data."""
+    detail = {**about, "start_s": clip.start_s, "end_s": clip.end_s, "fps_src": clip.fps_src}
+    pixels = {"frames": clip.frames.tobytes(), "shape": list(clip.frames.shape)}
+    return {"outcome": "clip", "detail": json.dumps(detail), **pixels}
+
+
+@contextmanager
+def _data_context() -> Iterator[None]:
+    """Build datasets whose blocks are never split, since a block is a shard, and that draw no bars."""
+    context = DataContext.get_current()
+    before = context.target_max_block_size, context.enable_progress_bars
+    context.target_max_block_size, context.enable_progress_bars = None, False
+    try:
+        yield
+    finally:
+        context.target_max_block_size, context.enable_progress_bars = before

@@ -1,0 +1,98 @@
+"""Input files with their content hash and caption, and how they are dealt to shards."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raydistill.artifacts import file_sha256, fingerprint
+from raydistill.errors import MediaError
+from raydistill.world.folder import Source, describe_source, read_caption, settle_caption
+
+
+@dataclass(frozen=True)
+class Input:
+    """A listed file after a first look; with a reason if that already settled its fate."""
+
+    uri: str
+    bytes: int
+    mtime_ns: int
+    sha256: str = ""
+    caption: str = ""
+    reason: str = ""
+    """Reason code of a file that is not to be decoded."""
+    message: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Files that are prepared and committed together."""
+
+    name: str
+    """Its number and a digest of its inputs: other inputs make another name."""
+    order: int
+    inputs: tuple[Input, ...]
+
+
+def examine(
+    root: str | Path,
+    source: Source,
+    *,
+    policy: str,
+    captions: Mapping[str, str] | None = None,
+    sha256: str = "",
+) -> Input:
+    """Look at one file: hash it, unless its hash is known, and find its caption.
+
+    `captions` replaces the sidecars; `policy` is for files without caption. Never raises for a bad file.
+    """
+    found = Input(source.uri, source.bytes, source.mtime_ns, sha256)
+    if source.refused:
+        return replace(found, reason="policy", message=source.refused)
+    path = Path(root, source.uri)
+    try:
+        found = replace(found, sha256=sha256 or file_sha256(path))
+        caption = read_caption(path) if captions is None else captions.get(source.uri)
+        return replace(found, caption=settle_caption(caption, policy))
+    except OSError as failed:
+        return replace(found, reason="unreadable", message=os.strerror(failed.errno or 0))
+    except MediaError as bad:
+        return replace(found, reason=bad.reason, message=bad.message)
+
+
+def require_unchanged(root: str | Path, known: Input) -> None:
+    """Check that a file is still the one that was hashed. Raises MediaError changed."""
+    try:
+        now = describe_source(Path(root, known.uri), known.uri)
+    except OSError as failed:
+        raise MediaError("changed", f"gone since it was listed ({failed.strerror})") from failed
+    if now.refused or (now.bytes, now.mtime_ns) != (known.bytes, known.mtime_ns):
+        raise MediaError("changed", "written to since it was listed; run again when nothing writes there")
+
+
+def mark_duplicates(inputs: Iterable[Input]) -> list[Input]:
+    """Leave out all but the first, in name order, of the files with equal bytes."""
+    first: dict[str, str] = {}
+    marked = []
+    for found in sorted(inputs, key=lambda i: i.uri):
+        twin = first.setdefault(found.sha256, found.uri) if found.sha256 and not found.reason else found.uri
+        marked.append(
+            found if twin == found.uri else replace(found, reason="duplicate", message=f"same as {twin}")
+        )
+    return marked
+
+
+def deal(inputs: Sequence[Input], files_per_shard: int) -> list[Shard]:
+    """Deal the files that are to be decoded to shards, in content-hash order: names do not matter."""
+    ready = sorted((i for i in inputs if not i.reason), key=lambda i: i.sha256)
+    shards = []
+    for order, start in enumerate(range(0, len(ready), files_per_shard)):
+        members = tuple(ready[start : start + files_per_shard])
+        digest = fingerprint([[i.sha256, i.caption] for i in members])
+        shards.append(Shard(f"{order:05d}-{digest[:10]}", order, members))
+    return shards

@@ -1,0 +1,334 @@
+"""The prepare job on a real Ray: every file accounted for, and the same rows whatever is killed meanwhile."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import av
+import media_zoo
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+from ray.data import DataContext
+
+from raydistill.artifacts import LatentStore, Manifest
+from raydistill.config.load import from_command_line
+from raydistill.config.prepare import PrepareConfig
+from raydistill.errors import MissingArtifact, PrepareError
+from raydistill.flow import connect
+from raydistill.latents.encode import Encoder
+from raydistill.models.codec import build_tiny_codec
+from raydistill.models.text import WordVectors
+from raydistill.world.clips import FILTERED, Cut, fit
+from raydistill.world.flow import DecodeOptions, decode_shards
+from raydistill.world.folder import list_sources
+from raydistill.world.inputs import deal, examine
+from raydistill.world.media import Limits
+from raydistill.world.sprites import Attributes, held_out
+
+ROOT = Path(__file__).parents[2]
+
+
+spec = importlib.util.spec_from_file_location("prepare_job", ROOT / "jobs" / "prepare.py")
+job = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(job)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    before = set(os.listdir("/dev/shm"))
+    ours = not ray.is_initialized()
+    with connect(num_cpus=2, object_store_mib=200):
+        yield
+    if ours:
+        assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "codec"
+    build_tiny_codec(0, width=8).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(cluster, codec, tmp_path_factory):
+    """The small world, prepared without disturbance: its folder and its latents."""
+    folder = tmp_path_factory.mktemp("world")
+    prepare(codec, folder / "latents", *sprites(folder / "clips"))
+    return folder / "clips", LatentStore(folder / "latents")
+
+
+def sprites(clips: Path) -> list[str]:
+    return [f"source.path={clips}", "source.num_clips=40", "shard.files_per_shard=2"]
+
+
+def settings(codec: Path, output: Path, *pairs: str) -> list[str]:
+    return [f"encode.codec={codec}", f"output={output}", *pairs]
+
+
+def prepare(codec: Path, output: Path, *pairs: str) -> Path:
+    return job.prepare(from_command_line(PrepareConfig, settings(codec, output, *pairs))[0])
+
+
+def digests(folder: Path) -> dict[str, tuple[int, str]]:
+    """Time of change and digest of every shard."""
+    manifests = {p: Manifest.read(p) for p in folder.glob("*-*.manifest.json")}
+    return {
+        name: ((folder / name).stat().st_mtime_ns, entry["rows_digest"])
+        for manifest in manifests.values()
+        for name, entry in manifest.files.items()
+    }
+
+
+def test_the_small_world_becomes_latents(world, codec):
+    clips, store = world
+    assert len(store) == 40
+    encoder = Encoder(codec, text=WordVectors(), batch_size=1)
+    pictures = {}
+    for path in clips.glob("*.json"):
+        if path.name != "world.json":
+            pictures.setdefault(json.loads(path.read_text())["caption"], []).append(path.with_suffix(".mp4"))
+    for row in [store.row(i) for i in (0, 17, 39)]:
+        assert not held_out(Attributes.parse(row.caption))
+        candidates = [encoder([read_all(p)], [row.caption])[0] for p in pictures[row.caption]]
+        nearest, text = min(candidates, key=lambda c: np.abs(c[0] - row.latents).max())
+        np.testing.assert_allclose(row.latents, nearest, atol=1e-5)
+        assert np.array_equal(row.text, text)
+    store.verify()
+
+
+def read_all(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def test_running_again_does_nothing_again(world, codec):
+    clips, store = world
+    before = digests(store.folder)
+    victim = clips / "clip_000003.mp4"
+    status, data = victim.stat(), victim.read_bytes()
+    victim.write_bytes(bytes(len(data)))  # a file that is not read again may hold anything
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    prepare(codec, store.folder.parent, *sprites(clips))
+    victim.write_bytes(data)
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert digests(store.folder) == before
+    assert LatentStore(store.folder.parent).fingerprint == store.fingerprint
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Processes below a process, with their command lines."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found: dict[int, str] = {}
+    todo = [pid]
+    while todo:
+        parent = todo.pop()
+        for child in [c for c, p in parents.items() if p == parent]:
+            todo.append(child)
+            try:
+                found[child] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+    return found
+
+
+def kill_job_after_first_shard(codec: Path, output: Path, clips: Path) -> None:
+    """Run the job as a user does, on a Ray of its own, and kill it -9; nothing may outlive it."""
+    words = settings(codec, output, *sprites(clips), "cluster.object_store_mib=100")
+    process = subprocess.Popen(
+        [sys.executable, "jobs/prepare.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not list(output.glob("*/*-*.manifest.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    family = descendants(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 120
+    while family and time.monotonic() < deadline:
+        family = {pid: words for pid, words in family.items() if Path(f"/proc/{pid}").exists()}
+        time.sleep(0.05)
+    assert not family, "processes outlived the job"
+    for logs in Path("/tmp").glob(f"raydistill-{process.pid}-*"):
+        shutil.rmtree(logs)
+
+
+def kill_actors_after(shards: int, output: Path, killed: list[str]) -> None:
+    """Kill -9 the decode and encode actors of this process's Ray, as soon as there are so many shards."""
+    deadline = time.monotonic() + 200
+    while len(list(output.glob("*/*-*.manifest.json"))) < shards and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for pid, command in descendants(os.getpid()).items():
+        if "DecodeShards" in command or "EncodeShards" in command:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(command)
+
+
+def test_killed_job_and_killed_actors_change_nothing(world, codec, tmp_path):
+    clips, store = world
+    kill_job_after_first_shard(codec, tmp_path / "out", clips)
+    (folder,) = (p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    with pytest.raises(MissingArtifact):
+        LatentStore(tmp_path / "out")
+    finished = digests(folder)
+    assert 0 < len(finished) < 20
+    killed: list[str] = []
+    killer = threading.Thread(target=kill_actors_after, args=(len(finished) + 2, tmp_path / "out", killed))
+    killer.start()
+    prepare(codec, tmp_path / "out", *sprites(clips))
+    killer.join()
+    assert len(killed) >= 2
+    assert LatentStore(tmp_path / "out").fingerprint == store.fingerprint
+    assert finished.items() <= digests(folder).items()  # what was finished is untouched
+    LatentStore(tmp_path / "out").verify()
+
+
+@pytest.fixture
+def small_blocks(cluster):
+    """Ray splits blocks above this size, unless told not to: a shard must stay in one piece."""
+    context = DataContext.get_current()
+    before, context.target_max_block_size = context.target_max_block_size, 10_000
+    yield
+    context.target_max_block_size = before
+
+
+def test_every_file_of_the_zoo_is_accounted_for(small_blocks, codec, tmp_path):
+    zoo, out = tmp_path / "zoo", tmp_path / "out"
+    (zoo / "deep").mkdir(parents=True)
+    expected = media_zoo.build(zoo)
+    media_zoo.write(zoo / "deep" / "silent.mp4", media_zoo.numbered(80))
+    shutil.copy(zoo / "h264.mp4", zoo / "deep" / "twin.mp4")
+    (zoo / "deep" / "twin.txt").write_text("the same bytes")
+    expected |= {"deep/silent.mp4": "missing_caption", "h264.mp4": "duplicate", "deep/twin.mp4": ""}
+    pairs = [
+        "source.kind=videos",
+        f"source.path={zoo}",
+        "tolerance.max_bad_fraction=1",
+        "decode.audit_every=1",
+    ]
+    pairs += ["shard.files_per_shard=8", "clip.height=64", "clip.width=96"]
+    folder = prepare(codec, out, *pairs)
+    manifest = Manifest.read(folder)
+    found = {}
+    for shard in folder.glob("*-*.manifest.json"):
+        found |= {uri: reason for uri, _, _, reason in Manifest.read(shard).facts["files"]}
+    lists = [json.loads(line) for p in (folder / "quarantine").glob("*.jsonl") for line in p.read_text().splitlines()]
+    found |= {row["uri"]: row["reason"] for row in lists}
+    found |= {"deep/silent.mp4": "missing_caption", "h264.mp4": "duplicate"}  # settled before any shard
+    assert found == expected
+    counted = Counter(expected.values())
+    kept = counted.pop("")
+    facts = manifest.facts
+    assert (facts["inputs"], facts["kept"]) == (len(expected), kept)
+    assert facts["filtered"] == {reason: n for reason, n in counted.items() if reason in FILTERED}
+    assert facts["quarantined"] == {reason: n for reason, n in counted.items() if reason not in FILTERED}
+    assert facts["inputs"] == facts["kept"] + sum(facts["filtered"].values()) + sum(
+        facts["quarantined"].values()
+    )
+    store = LatentStore(out)
+    rows = {row.caption.removeprefix("a video called "): row for row in store}
+    assert len(rows) == kept == facts["clips"]
+    encoder = Encoder(codec, text=WordVectors(), batch_size=1)
+    for name in ("lossless.mp4", "edit_list.mp4", "ten_bit.mp4"):  # kept clips' frames are the right ones
+        ((latents, _),) = encoder([read_all(zoo / name)[0:48:3]], [""])
+        np.testing.assert_allclose(rows[name].latents, latents, atol=1e-5)
+
+
+def test_missing_captions_can_be_an_error(cluster, codec, tmp_path):
+    media_zoo.write(tmp_path / "0.mp4", media_zoo.numbered(3))
+    pairs = ["source.kind=videos", f"source.path={tmp_path}", "source.caption_policy=error"]
+    with pytest.raises(PrepareError, match=r"1 files have no caption: 0\.mp4.*caption_policy"):
+        prepare(codec, tmp_path / "out", *pairs)
+
+
+def test_an_empty_folder_says_what_to_do(cluster, codec, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingArtifact, match="put files there"):
+        prepare(codec, tmp_path / "out", "source.kind=videos", f"source.path={tmp_path / 'empty'}")
+
+
+def test_images_with_a_captions_file(cluster, codec, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, frame in enumerate(media_zoo.numbered(5)):
+        Image.fromarray(frame).save(pictures / f"{number}.png")
+    captions = tmp_path / "captions.jsonl"
+    lines = [json.dumps({"file": f"{n}.png", "caption": f"picture {n}"}) for n in range(4)]
+    captions.write_text("\n".join(lines))
+    pairs = ["source.kind=images", f"source.path={pictures}", f"source.captions={captions}"]
+    prepare(codec, tmp_path / "out", *pairs)
+    store = LatentStore(tmp_path / "out")
+    assert store.manifest.facts["filtered"] == {"missing_caption": 1}
+    assert sorted(store.column("caption")) == [f"picture {n}" for n in range(4)]
+    assert set(store.column("lane")) == {"image"}
+    row = next(row for row in store if row.caption == "picture 2")
+    encoder = Encoder(codec, text=WordVectors(), batch_size=1)
+    ((latents, _),) = encoder([fit(media_zoo.numbered(5)[2:3], 32, 32)], [""])
+    assert row.latents.shape == (4, 1, 4, 4)
+    np.testing.assert_allclose(row.latents, latents, atol=1e-5)
+
+
+def test_hangs_and_crashes_end_in_quarantine(cluster, tmp_path):
+    names = ["a_hang", "b_crash", "c_good", "d_greedy", "e_good"]
+    for number, name in enumerate(names):
+        media_zoo.write(tmp_path / f"{name}.mp4", media_zoo.numbered(60 + number))
+    sources, _ = list_sources(tmp_path, "videos")
+    shards = deal([examine(tmp_path, s, policy="empty") for s in sources], 2)
+    options = DecodeOptions(
+        root=str(tmp_path),
+        lane="video",
+        cut=Cut(num_frames=16, out_fps=8, height=32, width=32),
+        limits=Limits(),
+        deadline_s=2,
+        memory_bytes=2 * 2**30,
+        child=str(ROOT / "tests" / "unit" / "decode_stub.py"),
+    )
+    rows = decode_shards(shards, options).take_all()
+    details = {json.loads(row["detail"])["uri"]: (row["outcome"], json.loads(row["detail"])) for row in rows}
+    outcomes = {uri: outcome for uri, (outcome, _) in details.items()}
+    assert outcomes == {f"{n}.mp4": "clip" if "good" in n else "quarantined" for n in names}
+    reasons = [details[f"{name}.mp4"][1].get("reason") for name in names]
+    assert reasons == ["timeout", "crash", None, "oom", None]
+    assert details["a_hang.mp4"][1]["seconds"] >= 2
+
+
+def test_a_full_disk_is_a_clear_error_and_freeing_space_is_enough(world, codec, tmp_path):
+    clips, store = world
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", disk], check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        with pytest.raises(PrepareError, match=r"no space left.*run the same command again"):
+            prepare(codec, disk / "out", *sprites(clips))
+        with pytest.raises(MissingArtifact):
+            LatentStore(disk / "out")
+        kept = digests(next(p for p in (disk / "out").iterdir() if p.is_dir()))
+        assert not list(disk.glob("**/*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        folder = prepare(codec, disk / "out", *sprites(clips))
+        assert LatentStore(disk / "out").fingerprint == store.fingerprint
+        assert kept.items() <= digests(folder).items()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)

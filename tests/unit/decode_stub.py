@@ -1,0 +1,28 @@
+"""A decode child in which some files hang, crash or eat memory, by their name; run as a script."""
+
+import ctypes
+import re
+import sys
+
+import numpy as np
+
+from raydistill.world import decode_child, media
+
+honest_probe = media.probe
+
+
+def probe(path: str, limits: media.Limits) -> media.Probe:
+    """Misbehave as native code does: no Python exception, no signal handler helps."""
+    if "hang" in path:
+        re.match(r"(a+)+$", "a" * 64 + "b")  # for ages, and holding the interpreter's lock
+    if "crash" in path:
+        ctypes.string_at(0)
+    if "greedy" in path:
+        np.ones(3 << 30, np.uint8)
+    if "bug" in path:
+        raise KeyError("ours")
+    return honest_probe(path, limits)
+
+
+media.probe = probe
+decode_child.main(sys.argv[1:])

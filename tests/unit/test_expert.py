@@ -1,0 +1,187 @@
+"""The detail branch over shared weights, routing, and the student on disk."""
+
+import json
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from raydistill.consistency.schedule import TimeGrid
+from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact
+from raydistill.models.expert import DualExpert, add_detail, copy_trainable, own_state
+from raydistill.models.wan import WanField, build_tiny_teacher
+from raydistill.sampler import build_plan
+from raydistill.student import Card, load_student, save_student
+
+GRID = TimeGrid(10)
+
+
+def _inputs(batch=5):
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, 4, 4, 4, generator=rng)
+    return (
+        x,
+        torch.tensor([0.9, 0.6, 0.3, 0.61, 0.05])[:batch].double(),
+        torch.randn(batch, 3, 32, generator=rng),
+    )
+
+
+def _shaken(seed=0, **sizes):
+    """A tiny teacher off its start, where gates are closed and many parts do nothing."""
+    field = build_tiny_teacher(seed, **{"dim_head": 12, "num_heads": 2, "num_layers": 2, **sizes})
+    rng = torch.Generator().manual_seed(seed)
+    for p in field.parameters():
+        p.data.add_(0.1 * torch.randn(p.shape, generator=rng))
+    return field.eval()
+
+
+def _train(detail, steps=2):
+    optimiser = torch.optim.AdamW([p for p in detail.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        detail(*_inputs()).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def test_detail_equals_semantic_at_its_step_0_bit_for_bit():
+    semantic = _shaken()
+    expected = semantic(*_inputs())
+    assert torch.equal(add_detail(semantic, 4, 8.0, seed=3)(*_inputs()), expected)
+
+
+def test_training_the_detail_expert_leaves_the_semantic_path_bit_identical():
+    semantic = _shaken()
+    before = semantic(*_inputs())
+    weights = {n: p.clone() for n, p in semantic.named_parameters()}
+    detail = add_detail(semantic, 4, 8.0, seed=3)
+    _train(detail)
+    assert torch.equal(semantic(*_inputs()), before)
+    assert all(torch.equal(p, weights[n]) for n, p in semantic.named_parameters())
+    assert not torch.allclose(detail(*_inputs()), before)
+
+
+def test_trainable_parameters_are_lora_and_copied_layers_only():
+    semantic = _shaken()
+    detail = add_detail(semantic, 4, 8.0, seed=3)
+    trainable = {n for n, p in detail.named_parameters() if p.requires_grad}
+    assert trainable == set(own_state(detail))
+    assert all(".lora_" in n or n.split(".")[1] in ("condition_embedder", "proj_out") for n in trainable)
+    assert not any(p.requires_grad for p in semantic.parameters())
+    shared = {id(p) for p in semantic.parameters()}
+    assert all((id(p) in shared) == (n not in trainable) for n, p in detail.named_parameters())
+
+
+def test_own_parameters_of_wan_1_3b_are_120_million():
+    # DCM, supplement: 25.7 M in copied layers and 94.4 M in LoRA of rank 128.
+    with torch.device("meta"):
+        net = WanTransformer3DModel(
+            num_attention_heads=12,
+            attention_head_dim=128,
+            num_layers=30,
+            ffn_dim=8960,
+            text_dim=4096,
+            freq_dim=256,
+        )
+    own = own_state(add_detail(WanField(net), 128, 256.0, seed=0))
+    lora = sum(v.numel() for k, v in own.items() if ".lora_" in k)
+    assert round(lora / 1e6, 1) == 94.4
+    assert round(sum(v.numel() for v in own.values()) / 1e6, 1) == 120.0
+
+
+def test_a_mixed_batch_is_routed_per_sample_and_the_boundary_is_the_detail_experts():
+    semantic = _shaken()
+    detail = add_detail(semantic, 4, 8.0, seed=3)
+    _train(detail)
+    x, t, text = _inputs()
+    with torch.no_grad():
+        mixed = DualExpert(semantic, detail, 0.6)(x, t, text)
+        alone = [
+            (semantic if at > 0.6 else detail)(x[i : i + 1], t[i : i + 1], text[i : i + 1])
+            for i, at in enumerate((0.9, 0.6, 0.3, 0.61, 0.05))
+        ]
+    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_shares_what_is_frozen_and_owns_what_is_trained():
+    semantic = _shaken()
+    detail = add_detail(semantic, 4, 8.0, seed=3)
+    slow = copy_trainable(detail)
+    own = {n for n, p in detail.named_parameters() if p.requires_grad}
+    pairs = dict(detail.named_parameters())
+    assert all((p is pairs[n]) == (n not in own) for n, p in slow.named_parameters())
+    before = slow(*_inputs())
+    _train(detail)
+    assert torch.equal(slow(*_inputs()), before)
+
+
+def test_features_of_the_last_block_project_to_the_velocity():
+    field = _shaken()
+    x, t, text = _inputs()
+    maps, seen = field.features(x, t, text, (0, 1))
+    assert [m.shape for m in maps] == [(5, 4, 24)] * 2
+    torch.testing.assert_close(seen[-1], field(x, t, text))
+    assert not torch.allclose(seen[0], seen[1])
+
+
+def _card(kind="dual", **changes):
+    lora = (4, 8.0) if kind == "dual" else None
+    boundary = None if kind == "single" else 0.6
+    values = {"latent_shape": (4, 4, 4, 4), "text_shape": (3, 32), "lora": lora, **changes}
+    return Card(kind=kind, boundary=boundary, grid=GRID, guidance_scale=2.0, **values)
+
+
+def _save(folder, kind="dual", **changes):
+    semantic = _shaken()
+    details = {
+        "dual": lambda: add_detail(semantic, 4, 8.0, seed=3),
+        "dual_full": lambda: _shaken(5),
+        "single": lambda: None,
+    }
+    detail = details[kind]()
+    if kind == "dual":
+        _train(detail)
+    card = _card(kind, **changes)
+    plans = {n: build_plan(n, card.boundary, GRID) for n in (1, 2, 4)}
+    save_student(folder, card, semantic, detail, plans)
+    return semantic, detail
+
+
+@pytest.mark.parametrize("kind", ["dual", "dual_full", "single"])
+def test_a_student_comes_back_as_it_was_saved(tmp_path, kind):
+    semantic, detail = _save(tmp_path, kind)
+    student = load_student(tmp_path)
+    assert student.kind == kind
+    assert student.card == _card(kind)
+    assert set(student.fields) == ({"semantic"} if detail is None else {"semantic", "detail"})
+    with torch.no_grad():
+        assert torch.equal(student.fields["semantic"](*_inputs()), semantic(*_inputs()))
+        if detail is not None:
+            assert torch.equal(student.fields["detail"](*_inputs()), detail(*_inputs()))
+    assert student.plan(4) == build_plan(4, student.card.boundary, GRID)
+    with pytest.raises(SamplingError, match="1, 2, 4 steps"):
+        student.plan(3)
+
+
+def test_a_changed_file_a_missing_card_and_another_teacher_are_refused(tmp_path):
+    _save(tmp_path / "a")
+    weights = tmp_path / "a" / "detail.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CorruptArtifact, match=r"detail\.safetensors"):
+        load_student(tmp_path / "a")
+    (tmp_path / "a" / "student.json").unlink()
+    with pytest.raises(MissingArtifact, match="writes it last"):
+        load_student(tmp_path / "a")
+    _save(tmp_path / "b", sources={"teacher": "another"})
+    _shaken().transformer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(StaleArtifact, match="another teacher"):
+        load_student(tmp_path / "b", tmp_path / "teacher")
+
+
+def test_a_student_of_another_version_is_refused(tmp_path):
+    _save(tmp_path)
+    card = json.loads((tmp_path / "student.json").read_text())
+    (tmp_path / "student.json").write_text(json.dumps({**card, "version": 99}))
+    with pytest.raises(StaleArtifact, match="version"):
+        load_student(tmp_path)

@@ -1,0 +1,174 @@
+"""What a folder holds: captions, refusals, duplicates, and the dealing of files to shards."""
+
+import json
+import os
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistill.errors import InvalidValue, MediaError, MissingArtifact
+from raydistill.world.folder import list_sources, read_caption, read_captions_file
+from raydistill.world.inputs import Input, deal, examine, mark_duplicates, require_unchanged
+
+
+def put(folder, **files):
+    for name, data in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def look(folder, **options):
+    sources, _ = list_sources(folder, "videos")
+    return {s.uri: examine(folder, s, **{"policy": "filter", **options}) for s in sources}
+
+
+def test_listing_is_recursive_sorted_and_passes_over_the_rest(tmp_path):
+    put(
+        tmp_path,
+        b_MP4="b",
+        deep__a_mov="a",
+        deep__a_txt="words",
+        notes_pdf="",
+        _hidden_mp4="x",
+        _cache__c_mp4="x",
+    )
+    sources, others = list_sources(tmp_path, "videos")
+    assert [s.uri for s in sources] == ["b.MP4", "deep/a.mov"]
+    assert others == 3
+
+
+def test_links_and_pipes_are_listed_but_never_opened(tmp_path):
+    put(tmp_path, a_mp4="a")
+    (tmp_path / "link.mp4").symlink_to("/etc/passwd")
+    (tmp_path / "broken.mp4").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "folder").symlink_to("/etc", target_is_directory=True)
+    found = look(tmp_path, policy="empty")
+    assert {uri: i.reason for uri, i in found.items()} == {
+        "a.mp4": "",
+        "broken.mp4": "policy",
+        "link.mp4": "policy",
+        "pipe.mp4": "policy",
+    }
+
+
+def test_an_empty_folder_says_what_to_do(tmp_path):
+    put(tmp_path, notes_txt="")
+    with pytest.raises(MissingArtifact, match=r"no videos below .*1 other files.*\.mp4.*source\.path"):
+        list_sources(tmp_path, "videos")
+    with pytest.raises(MissingArtifact, match="no folder"):
+        list_sources(tmp_path / "nowhere", "images")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "caption"),
+    [
+        ("a.txt", "  a cat\n runs ", "a cat runs"),
+        ("a.txt", "\ufeffa cat", "a cat"),
+        ("a.json", '{"caption": "a cat"}', "a cat"),
+        ("a.json", '{"text": "a cat", "fps": 3}', "a cat"),
+        ("a.json", '"a cat"', "a cat"),
+        ("a.mp4.txt", "a cat", "a cat"),
+        ("a.txt", " \n", None),
+        ("b.txt", "a dog", None),
+    ],
+)
+def test_captions_beside_the_file(tmp_path, name, text, caption):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_caption(tmp_path / "a.mp4") == caption
+
+
+def test_json_comes_before_text(tmp_path):
+    put(tmp_path, a_txt="text", a_json='{"caption": "json"}')
+    assert read_caption(tmp_path / "a.mp4") == "json"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"title": "x"}', '{"caption": 3}', "\xff\xfe"])
+def test_a_caption_that_cannot_be_read_is_the_files_fault(tmp_path, text):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(MediaError) as caught:
+        read_caption(tmp_path / "a.mp4")
+    assert caught.value.reason == "bad_caption"
+
+
+def test_missing_captions_follow_the_policy(tmp_path):
+    put(tmp_path, a_mp4="a")
+    assert look(tmp_path)["a.mp4"].reason == "missing_caption"
+    assert look(tmp_path, policy="error")["a.mp4"].reason == "missing_caption"
+    found = look(tmp_path, policy="empty")["a.mp4"]
+    assert (found.reason, found.caption) == ("", "")
+
+
+def test_captions_from_one_file(tmp_path):
+    put(tmp_path, a_mp4="a", deep__b_mp4="b", c_mp4="c", a_txt="not this one")
+    lines = [{"file": "a.mp4", "caption": "A"}, {"file_name": "./deep/b.mp4", "text": " B "}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    captions = read_captions_file(tmp_path / "captions.jsonl")
+    assert captions == {"a.mp4": "A", "deep/b.mp4": "B"}
+    found = look(tmp_path, captions=captions)
+    assert {uri: (i.caption, i.reason) for uri, i in found.items()} == {
+        "a.mp4": ("A", ""),
+        "deep/b.mp4": ("B", ""),
+        "c.mp4": ("", "missing_caption"),
+    }
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"caption": "x"}', '{"file": "a.mp4"}', '{"file": 3, "caption": "x"}']
+)
+def test_a_bad_line_is_named(tmp_path, line):
+    (tmp_path / "captions.jsonl").write_text('{"file": "a", "caption": "b"}\n' + line)
+    with pytest.raises(InvalidValue, match="line 2"):
+        read_captions_file(tmp_path / "captions.jsonl")
+
+
+def test_known_hashes_are_believed_and_files_not_read(tmp_path):
+    put(tmp_path, a_mp4="a", a_txt="words")
+    (source,), _ = list_sources(tmp_path, "videos")
+    (tmp_path / "a.mp4").unlink()
+    assert examine(tmp_path, source, policy="filter", sha256="known").sha256 == "known"
+    assert examine(tmp_path, source, policy="filter").reason == "unreadable"
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(tmp_path):
+    put(tmp_path, a_mp4="a", a_txt="words")
+    found = look(tmp_path)["a.mp4"]
+    require_unchanged(tmp_path, found)
+    put(tmp_path, a_mp4="ab")
+    with pytest.raises(MediaError, match="changed"):
+        require_unchanged(tmp_path, found)
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(MediaError, match="changed"):
+        require_unchanged(tmp_path, found)
+
+
+def test_equal_bytes_count_once(tmp_path):
+    put(tmp_path, a_mp4="same", b_mp4="same", c_mp4="other", a_txt="A", b_txt="B", c_txt="C")
+    marked = {i.uri: i.reason for i in mark_duplicates(look(tmp_path).values())}
+    assert marked == {"a.mp4": "", "b.mp4": "duplicate", "c.mp4": ""}
+
+
+names = st.lists(st.integers(0, 999), unique=True, max_size=30)
+
+
+@given(names, st.integers(1, 7), st.randoms(use_true_random=False))
+def test_dealing_depends_on_contents_alone(numbers, size, rng: random.Random):
+    inputs = [Input(f"{n}.mp4", 1, 1, sha256=f"{n:064x}", caption="c") for n in numbers]
+    moved = [Input(f"other/{i.uri}", 1, 2, i.sha256, i.caption) for i in rng.sample(inputs, len(inputs))]
+    shards, again = deal(inputs, size), deal(moved, size)
+    assert [s.name for s in shards] == [s.name for s in again]
+    assert [i.sha256 for s in shards for i in s.inputs] == sorted(i.sha256 for i in inputs)
+    assert all(len(s.inputs) == size for s in shards[:-1])
+
+
+def test_another_caption_or_content_makes_another_shard():
+    base = Input("a", 1, 1, "0" * 64, "a cat")
+    changed = [Input("a", 1, 1, "0" * 64, "a dog"), Input("a", 1, 1, "1" * 64, "a cat")]
+    assert len({deal([i], 4)[0].name for i in (base, *changed)}) == 3
+
+
+def test_settled_files_are_not_dealt():
+    assert deal([Input("a", 1, 1, reason="policy")], 4) == []

@@ -1,0 +1,112 @@
+"""Shards: committed whole or not at all, and found again by the next run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raydistill.artifacts import LatentStore
+from raydistill.errors import PrepareError
+from raydistill.latents.shards import (
+    disk_full_explained,
+    finished_shard,
+    latent_row,
+    write_artifact,
+    write_quarantine,
+    write_shard,
+)
+
+IDENTITY = {"stage": "prepare", "dtype": "float32"}
+
+
+def rows(count: int = 3) -> list[dict]:
+    rng = np.random.default_rng(count)
+    return [
+        latent_row(rng.standard_normal((4, 2, 4, 4)), np.zeros((8, 32)), "c", f"{i}") for i in range(count)
+    ]
+
+
+def test_a_finished_shard_is_found_again(tmp_path):
+    written = write_shard(tmp_path, "s", rows(), IDENTITY, facts={"clips": 3})
+    assert finished_shard(tmp_path, "s", IDENTITY) == written
+    assert finished_shard(tmp_path, "t", IDENTITY) is None
+    assert finished_shard(tmp_path, "s", {**IDENTITY, "dtype": "float16"}) is None
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "no manifest", "no data", "short data"])
+def test_a_harmed_shard_does_not_count(tmp_path, harm):
+    write_shard(tmp_path, "s", rows(), IDENTITY)
+    record, data = tmp_path / "s.manifest.json", tmp_path / "s.parquet"
+    text = record.read_bytes()
+    if harm == "cut":
+        record.write_bytes(text[: len(text) // 2])
+    elif harm == "flip":
+        record.write_bytes(text.replace(b'"rows": 3', b'"rows": 2'))
+    elif harm == "no manifest":
+        record.unlink()
+    elif harm == "no data":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:-1])
+    assert finished_shard(tmp_path, "s", IDENTITY) is None
+
+
+def test_writing_again_gives_the_same_rows(tmp_path):
+    digests = [next(iter(write_shard(tmp_path, "s", rows(), IDENTITY).files.values())) for _ in range(2)]
+    assert digests[0]["rows_digest"] == digests[1]["rows_digest"]
+    assert {p.name for p in tmp_path.iterdir()} == {"s.parquet", "s.manifest.json"}
+
+
+def test_an_empty_shard_counts(tmp_path):
+    manifest = write_shard(tmp_path, "s", [], IDENTITY)
+    write_artifact(tmp_path, [manifest, write_shard(tmp_path, "t", rows(), IDENTITY, order=1)], IDENTITY)
+    assert len(LatentStore(tmp_path)) == 3
+
+
+WRITE_WITH_LITTLE_ROOM = """
+import resource, signal, sys
+import numpy as np
+from raydistill.errors import PrepareError
+from raydistill.latents.shards import latent_row, write_shard
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+rows = [latent_row(np.zeros((4, 16, 4, 4)), np.zeros((8, 32)), "c", "s") for _ in range(20)]
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for room in (0, 3000, 150_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+    try:
+        write_shard(sys.argv[1], "s", rows, {"stage": "prepare"})
+    except PrepareError as full:
+        print(full)
+"""
+
+
+def test_no_room_is_a_clear_error_and_leaves_nothing(tmp_path):
+    """The system refuses to let a file grow beyond some length, as a full disk does."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-c", WRITE_WITH_LITTLE_ROOM, str(folder)]
+    said = subprocess.check_output(command, text=True, cwd=Path(__file__).parents[2])
+    assert said.count("no space left") == said.count("run the same command again") == 3
+    assert list(folder.iterdir()) == []
+    assert finished_shard(folder, "s", {"stage": "prepare"}) is None
+
+
+def test_other_io_errors_are_not_called_full(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), disk_full_explained(tmp_path):
+        (tmp_path / "file" / "x").write_bytes(b"")
+    full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with full, pytest.raises(PrepareError, match="no space left"), disk_full_explained(tmp_path):
+        full.write(b"x")
+
+
+def test_quarantine_lists_are_replaced(tmp_path):
+    write_quarantine(
+        tmp_path, "s", [{"uri": "a.mp4", "reason": "timeout"}, {"uri": "b.mp4", "reason": "oom"}]
+    )
+    lines = (tmp_path / "quarantine" / "s.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == ["timeout", "oom"]
+    write_quarantine(tmp_path, "s", [])
+    assert not list((tmp_path / "quarantine").iterdir())
