@@ -17,7 +17,7 @@ from raydistill.artifacts import tree_digest, tree_files, write_json
 from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
 from raydistill.consistency.solver import guided
 from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact
-from raydistill.models.expert import add_detail, load_own_state, own_state
+from raydistill.models.expert import add_detail, load_own_state, merge_lora, own_state
 from raydistill.models.protocols import VelocityField
 from raydistill.models.wan import WanField, load_teacher
 from raydistill.sampler import SamplingPlan
@@ -114,9 +114,11 @@ def read_card(folder: Path) -> tuple[Card, dict[int, SamplingPlan]]:
     return Card(**values), plans
 
 
-def load_student(path: str | Path, teacher: str | Path | None = None) -> Student:
+def load_student(path: str | Path, teacher: str | Path | None = None, *, merged: bool = True) -> Student:
     """Load a student; with the teacher's folder also plans with a teacher's tail can run.
 
+    merged: LoRA is folded into attention weights of the detail expert's own, the fastest form. False keeps
+    base and branch apart: bit-equal to what was trained, smaller in memory.
     Raises what `read_card` raises. The teacher must be the one it was distilled from (StaleArtifact).
     """
     folder = Path(path)
@@ -128,7 +130,8 @@ def load_student(path: str | Path, teacher: str | Path | None = None) -> Student
     elif card.lora is not None:
         detail = add_detail(semantic, int(card.lora[0]), float(card.lora[1]), seed=0)
         load_own_state(detail, load_file(folder / "detail.safetensors"))
-        fields["detail"] = detail.requires_grad_(False).eval()
+        detail = detail.requires_grad_(False).eval()
+        fields["detail"] = merge_lora(detail) if merged else detail
     if teacher is not None:
         found = tree_digest(teacher)
         if card.sources.get("teacher") not in (None, found):

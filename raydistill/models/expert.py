@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from raydistill.consistency.phases import Phases
@@ -41,6 +42,24 @@ def add_detail(semantic: WanField, rank: int, alpha: float, seed: int) -> WanFie
     for name in TIME_LAYERS:
         getattr(transformer, name).requires_grad_(True)
     return WanField(transformer)
+
+
+@torch.no_grad()
+def merge_lora(detail: WanField) -> WanField:
+    """Fold LoRA into attention weights of the detail expert's own; in place, for sampling only.
+
+    Equal to the branch up to rounding, and as fast as the semantic expert. Costs a second copy of the
+    attention weights; the semantic expert's are not touched, all else stays shared.
+    """
+    transformer = detail.transformer
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, LoraLinear):
+            base = cast(nn.Linear, layer.get_base_layer())
+            own = nn.Linear(base.in_features, base.out_features, device="meta")
+            own.weight = nn.Parameter(base.weight + layer.get_delta_weight("detail"), requires_grad=False)
+            own.bias = base.bias
+            transformer.set_submodule(name, own)
+    return detail
 
 
 def copy_trainable(field: WanField) -> WanField:

@@ -233,7 +233,11 @@ def test_every_file_of_the_zoo_is_accounted_for(small_blocks, codec, tmp_path):
     found = {}
     for shard in folder.glob("*-*.manifest.json"):
         found |= {uri: reason for uri, _, _, reason in Manifest.read(shard).facts["files"]}
-    lists = [json.loads(line) for p in (folder / "quarantine").glob("*.jsonl") for line in p.read_text().splitlines()]
+    lists = [
+        json.loads(line)
+        for p in (folder / "quarantine").glob("*.jsonl")
+        for line in p.read_text().splitlines()
+    ]
     found |= {row["uri"]: row["reason"] for row in lists}
     found |= {"deep/silent.mp4": "missing_caption", "h264.mp4": "duplicate"}  # settled before any shard
     assert found == expected

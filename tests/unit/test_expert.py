@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact
-from raydistill.models.expert import DualExpert, add_detail, copy_trainable, own_state
+from raydistill.models.expert import DualExpert, add_detail, copy_trainable, merge_lora, own_state
 from raydistill.models.wan import WanField, build_tiny_teacher
 from raydistill.sampler import build_plan
 from raydistill.student import Card, load_student, save_student
@@ -58,6 +58,18 @@ def test_training_the_detail_expert_leaves_the_semantic_path_bit_identical():
     assert torch.equal(semantic(*_inputs()), before)
     assert all(torch.equal(p, weights[n]) for n, p in semantic.named_parameters())
     assert not torch.allclose(detail(*_inputs()), before)
+
+
+def test_merged_lora_computes_the_same_and_leaves_the_semantic_expert_alone():
+    semantic = _shaken()
+    before = semantic(*_inputs())
+    detail = add_detail(semantic, 4, 8.0, seed=3)
+    _train(detail)
+    expected = detail(*_inputs())
+    merged = merge_lora(detail)
+    assert not any("lora" in n for n, _ in merged.named_modules())
+    torch.testing.assert_close(merged(*_inputs()), expected)
+    assert torch.equal(semantic(*_inputs()), before)
 
 
 def test_trainable_parameters_are_lora_and_copied_layers_only():
@@ -149,7 +161,7 @@ def _save(folder, kind="dual", **changes):
 @pytest.mark.parametrize("kind", ["dual", "dual_full", "single"])
 def test_a_student_comes_back_as_it_was_saved(tmp_path, kind):
     semantic, detail = _save(tmp_path, kind)
-    student = load_student(tmp_path)
+    student = load_student(tmp_path, merged=False)
     assert student.kind == kind
     assert student.card == _card(kind)
     assert set(student.fields) == ({"semantic"} if detail is None else {"semantic", "detail"})

@@ -42,6 +42,8 @@ LOSSES = "raydistill.consistency.losses"
 AVERAGE = "raydistill.consistency.average"
 SAMPLER = "raydistill.sampler"
 SEMANTIC = "raydistill.experts.semantic"
+STAGES = "raydistill.experts.stages"
+EXPERT = "raydistill.models.expert"
 
 # One row, one line.  # ruff: noqa: E501, RUF100
 # fmt: off
@@ -65,6 +67,8 @@ MUTANTS = [
     Mutant("real and fake swapped", LOSSES, "torch.relu(1 + _widen(logits))", "torch.relu(1 - _widen(logits))", "property/test_laws_of_losses.py::test_hinges_push_apart_and_pull_back"),
     Mutant("moving average forgotten", AVERAGE, "target.lerp_(source.to(target), 1 - decay)", "pass", "property/test_laws_of_losses.py::test_moving_average_closed_form"),
     Mutant("decay and its complement swapped", AVERAGE, "source.to(target), 1 - decay)", "source.to(target), decay)", "unit/test_average.py::test_one_step_by_hand"),
+    Mutant("averages start from step 1 at full decay", STAGES, "mu = min(decay, (1 + self.engine.steps) / (10 + self.engine.steps))", "mu = decay", "unit/test_stages.py::test_averages_follow_their_closed_form"),
+    Mutant("merged LoRA forgets the branch", EXPERT, "base.weight + layer.get_delta_weight", "base.weight + 0 * layer.get_delta_weight", "unit/test_expert.py::test_merged_lora_computes_the_same_and_leaves_the_semantic_expert_alone"),
     Mutant("no_grad dropped from the target", SEMANTIC, "with torch.no_grad():", "if True:", "unit/test_draws_of_the_loss.py::test_only_the_student_gets_gradients"),
     Mutant("target is the teacher", SEMANTIC, "nets.target(x_r, r, text)", "nets.teacher(x_r, r, text)", "unit/test_draws_of_the_loss.py::test_the_goal_is_the_targets_jump_from_one_teacher_step_nearer_the_data"),
     Mutant("goal is x0, not x at the boundary", SEMANTIC, "torch.full_like(t, self.lower)", "torch.zeros_like(t)", "unit/test_draws_of_the_loss.py::test_times_stay_inside_the_segment_and_reach_every_interval"),
