@@ -123,6 +123,7 @@ class Loader:
         step of what is not as planned.
         """
         read = [[self._read(self.plan.item(g)) for g in self._indices(step, rank)] for step in steps]
+        _require_one_shape([row for step in read for row, _ in step], self.paths.values())
         missing = self.steps_per_block - len(steps)
         filled = read + read[:1] * missing
         index = [list(self._indices(step, rank)) for step in steps]
@@ -152,6 +153,16 @@ class Loader:
                 return read, note if reasons else None
         raise CorruptArtifact(
             f"source '{item.source}': {len(reasons)} rows in turn cannot be read: {reasons[0]}"
+        )
+
+
+def _require_one_shape(rows: list[LatentRow], paths: Iterable[str]) -> None:
+    """Name the stores whose rows cannot be in one batch, where stacking would only speak of arrays."""
+    shapes = {(row.latents.shape, row.text.shape) for row in rows}
+    if len(shapes) > 1:
+        raise StaleArtifact(
+            f"{', '.join(sorted(paths))} hold latents and text of different shapes, {sorted(shapes)}: "
+            "prepare the sources of one run with the same clip and text sizes"
         )
 
 

@@ -171,6 +171,12 @@ def test_stores_that_are_not_the_plans(stores, plan, tmp_path):
         feed(plan, stores | {"b": tmp_path / "nothing"}, **sizes)
 
 
+def test_sources_of_different_sizes_are_named(stores, plan, tmp_path):
+    wider = stores | {"b": write_store(tmp_path / "wider", NUM_ROWS["b"], 0, shape=(2, 3, 2, 4))}
+    with pytest.raises(StaleArtifact, match=r"wider.*\(2, 3, 2, 4\)"):
+        Shard(plan, wider, 0, 1, 0, 4)
+
+
 def test_sizes_are_checked_before_the_first_batch(stores, plan):
     with pytest.raises(InvalidValue, match="micro_batch"):
         iter_batches(Shard(plan, stores, 0, 1, 0, 1), plan, 0, 1, 3, 0)
