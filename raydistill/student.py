@@ -53,16 +53,23 @@ class Student:
     card: Card
     fields: Mapping[str, VelocityField]
     """'semantic', 'detail', and 'teacher' (guided) when one was given."""
-    plans: Mapping[int, SamplingPlan]
-    """As stored, by number of steps."""
+    plans: Mapping[str, SamplingPlan]
+    """As stored, by name: '4' is four steps of the student, '2+tail' two and the teacher for the rest."""
     schedule: RectifiedFlow = field(default_factory=RectifiedFlow)
 
-    def plan(self, num_steps: int) -> SamplingPlan:
-        """Return the stored plan; raises SamplingError for a number of steps that has none."""
-        if num_steps not in self.plans:
-            offered = ", ".join(map(str, sorted(self.plans)))
-            raise SamplingError(f"this student samples in {offered} steps, not in {num_steps}")
-        return self.plans[num_steps]
+    def plan(self, name: int | str) -> SamplingPlan:
+        """Return a stored plan by number of steps or name, `plan(4)` or `plan("2+tail")`.
+
+        Raises SamplingError for one that is not stored, or that needs a network which was not loaded.
+        """
+        plan = self.plans.get(str(name))
+        if plan is None:
+            raise SamplingError(f"this student has no plan '{name}'; it has {', '.join(self.plans)}")
+        if missing := sorted({one.expert for one in plan.jumps} - set(self.fields)):
+            raise SamplingError(
+                f"plan '{name}' needs the {', '.join(missing)}: load_student(folder, teacher=its folder)"
+            )
+        return plan
 
     @property
     def kind(self) -> str:
@@ -71,9 +78,16 @@ class Student:
 
 
 def save_student(
-    folder: Path, card: Card, semantic: WanField, detail: WanField | None, plans: Mapping[int, SamplingPlan]
+    folder: Path,
+    card: Card,
+    semantic: WanField,
+    detail: WanField | None,
+    plans: Mapping[str, SamplingPlan] | Mapping[int, SamplingPlan],
 ) -> None:
-    """Write a student; the card comes last, so that a folder without one is never taken for whole."""
+    """Write a student and its plans, by name or number of steps.
+
+    The card comes last, so that a folder without one is never taken for whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
     semantic.transformer.save_pretrained(folder / "semantic", safe_serialization=True)
@@ -84,13 +98,13 @@ def save_student(
     card_values = {
         "version": VERSION,
         **asdict(card),
-        "plans": {n: p.to_dict() for n, p in plans.items()},
+        "plans": {str(n): p.to_dict() for n, p in plans.items()},
         "sha256": tree_files(folder),
     }
     write_json(folder / CARD, card_values)
 
 
-def read_card(folder: Path) -> tuple[Card, dict[int, SamplingPlan]]:
+def read_card(folder: Path) -> tuple[Card, dict[str, SamplingPlan]]:
     """Read and check a student's card; returns it with the stored plans.
 
     Raises MissingArtifact, StaleArtifact (another version) or CorruptArtifact (a file differs from its hash).
@@ -106,7 +120,7 @@ def read_card(folder: Path) -> tuple[Card, dict[int, SamplingPlan]]:
         raise CorruptArtifact(
             f"{folder}: {', '.join(wrong)} differ from what {CARD} says: copy the student again"
         )
-    plans = {int(n): SamplingPlan.from_dict(plan) for n, plan in values.pop("plans").items()}
+    plans = {n: SamplingPlan.from_dict(plan) for n, plan in values.pop("plans").items()}
     for name in ("latent_shape", "text_shape"):
         values[name] = tuple(values[name])
     values["lora"] = tuple(values["lora"]) if values["lora"] else None
