@@ -46,6 +46,8 @@ class Clip:
     start_s: float
     end_s: float
     fps_src: float
+    fallback: str = ""
+    """What decord said of the file, where PyAV had to stand in for it."""
 
 
 def decoder_versions() -> dict[str, str]:
@@ -101,15 +103,13 @@ def cut_video(
     """
     found = decoder.probe(path, limits)
     for start, pts in plan_clips(found, cut):
-        frames = decoder.frames(path, found, pts, found.decoder)
-        if (
-            audit
-            and found.decoder != "pyav"
-            and not np.array_equal(frames, decoder.frames(path, found, pts, "pyav"))
-        ):
+        frames, fallback = decoder.frames(path, found, pts, found.decoder)
+        by_decord = found.decoder == "decord" and not fallback
+        if audit and by_decord and not np.array_equal(frames, decoder.frames(path, found, pts, "pyav")[0]):
             raise MediaError("frame_mismatch", f"decord and PyAV disagree in the clip at {start:.3f} s")
         fps = 1 / found.gap_s if found.gap_s else 0.0
-        yield Clip(fit(frames, cut.height, cut.width), start, start + cut.num_frames / cut.out_fps, fps)
+        end = start + cut.num_frames / cut.out_fps
+        yield Clip(fit(frames, cut.height, cut.width), start, end, fps, fallback)
 
 
 def cut_image(decoder: Decoder, path: str, cut: Cut, limits: Limits) -> Iterator[Clip]:

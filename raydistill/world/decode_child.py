@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from raydistill.errors import MediaError
-from raydistill.world import media
+from raydistill.world import media, pictures
 
 Answer = tuple[dict[str, Any], np.ndarray | None]
 
@@ -33,12 +33,13 @@ def answer_probe(request: Mapping[str, Any]) -> Answer:
 def answer_frames(request: Mapping[str, Any]) -> Answer:
     """Decode frames of a probed video."""
     found = media.Probe.from_json(request["probe"])
-    return {}, media.read_frames(request["path"], found, request["pts"], request["decoder"])
+    frames, why = media.read_frames(request["path"], found, request["pts"], request["decoder"])
+    return {"fallback": why}, frames
 
 
 def answer_image(request: Mapping[str, Any]) -> Answer:
     """Decode a picture."""
-    return {}, media.read_image(request["path"], media.Limits(**request["limits"]))
+    return {}, pictures.read_image(request["path"], media.Limits(**request["limits"]))
 
 
 ANSWERS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {

@@ -51,8 +51,11 @@ class Decoder:
         reply, _ = self._ask({"do": "probe", "path": path, "limits": asdict(limits)})
         return Probe.from_json(reply["probe"])
 
-    def frames(self, path: str, found: Probe, pts: Sequence[int], decoder: str) -> np.ndarray:
-        """Decode frames at native size, uint8 (f, h, w, 3). Raises MediaError."""
+    def frames(self, path: str, found: Probe, pts: Sequence[int], decoder: str) -> tuple[np.ndarray, str]:
+        """Decode frames at native size, uint8 (f, h, w, 3). Raises MediaError.
+
+        Where decord is asked and fails, PyAV stands in, within the same deadline; the second value says why.
+        """
         request = {
             "do": "frames",
             "path": path,
@@ -60,7 +63,8 @@ class Decoder:
             "pts": list(pts),
             "decoder": decoder,
         }
-        return self._ask(request)[1]
+        reply, frames = self._ask(request)
+        return frames, reply["fallback"]
 
     def image(self, path: str, limits: Limits) -> np.ndarray:
         """Decode a picture, uint8 (1, h, w, 3). Raises MediaError."""
@@ -104,13 +108,15 @@ class Decoder:
         self._answered = 0
 
     def _ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
-        """Send a request and wait; a crash is tried once more, in a fresh child."""
+        """Send a request and wait; a crash is tried once more, in a fresh child, and without decord."""
         try:
             reply = self._exchange(request)
         except MediaError as first:
             if first.reason != "crash":
                 raise
-            reply = self._exchange(request)
+            reply = self._exchange({**request, "decoder": "pyav"})
+            if request.get("decoder") == "decord" and "fallback" in reply:
+                reply["fallback"] = str(first)
         if "bug" in reply:
             raise RuntimeError(f"the decode child failed at {request['path']}:\n{reply['bug']}")
         if "reason" in reply:

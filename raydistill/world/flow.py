@@ -184,9 +184,9 @@ class DecodeShards:
 
 def clip_row(clip: Clip, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return a clip as a row: plain bytes, so that no Ray type gets into the data."""
-    detail = {**about, "start_s": clip.start_s, "end_s": clip.end_s, "fps_src": clip.fps_src}
+    detail = {name: value for name, value in vars(clip).items() if name != "frames"}
     pixels = {"frames": clip.frames.tobytes(), "shape": list(clip.frames.shape)}
-    return {"outcome": "clip", "detail": json.dumps(detail), **pixels}
+    return {"outcome": "clip", "detail": json.dumps({**about, **detail}), **pixels}
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Look into one media file and read frames from it. Runs in the decode child; imports neither torch nor ray.
+"""Look into one video and read frames from it. Runs in the decode child; imports neither torch nor ray.
 
 `probe` reads packets, not frames, and decides which decoder may be trusted with the file. Frames are
 addressed by presentation time, never by the container's frame numbers: those are wrong in files with an edit
 list.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from raydistill.errors import MediaError
 
@@ -54,7 +54,7 @@ class Probe:
     decoder: str
     """Which decoder to use, 'decord' or 'pyav'."""
     why: tuple[str, ...] = field(default=())
-    """Why decord is not trusted with the file: edit_list, vfr, rotated, codec, pixel_format."""
+    """Why not decord: edit_list, vfr, rotated, codec, pixel_format; no_decord where it is not installed."""
     rotation: int = 0
     """Degrees by which players turn the picture, counter-clockwise."""
 
@@ -220,6 +220,7 @@ def _judge(stream: Any, packets: list[Any], first: Any, limits: Limits) -> Probe
         "rotated": rotation != 0,
         "codec": codec not in DECORD_CODECS,
         "pixel_format": first.format.name not in DECORD_FORMATS,
+        "no_decord": importlib.util.find_spec("decord") is None,
     }
     why = tuple(name for name, doubt in doubts.items() if doubt)
     return Probe(
@@ -252,20 +253,31 @@ def is_constant(pts: Sequence[int]) -> bool:
     return bool(np.median(gaps) > 0 and np.abs(off_grid).max() <= 1.0)
 
 
-def read_frames(path: str, found: Probe, pts: Sequence[int], decoder: str) -> np.ndarray:
-    """Return the frames shown at the given times, native size: uint8 (f, h, w, 3). Raises MediaError."""
-    read = {"decord": _read_decord, "pyav": _read_pyav}[decoder]
-    frames = read(path, found, pts)
-    return (
-        np.ascontiguousarray(np.rot90(frames, found.rotation // 90, axes=(1, 2)))
-        if found.rotation
-        else frames
-    )
+def read_frames(path: str, found: Probe, pts: Sequence[int], decoder: str) -> tuple[np.ndarray, str]:
+    """Return the frames shown at the given times, native size: uint8 (f, h, w, 3), and why not by `decoder`.
+
+    What decord cannot read, PyAV reads; then the second value says what decord said, else it is empty. Raises
+    MediaError if PyAV cannot read it either.
+    """
+    why = ""
+    try:
+        frames = {"decord": _read_decord, "pyav": _read_pyav}[decoder](path, found, pts)
+    except MediaError as failed:
+        if decoder == "pyav":
+            raise
+        why = str(failed)
+        try:
+            frames = _read_pyav(path, found, pts)
+        except MediaError as again:
+            raise MediaError(again.reason, f"{again.message}; before that, decord: {why}") from again
+    if found.rotation:
+        frames = np.ascontiguousarray(np.rot90(frames, found.rotation // 90, axes=(1, 2)))
+    return frames, why
 
 
 def _read_decord(path: str, found: Probe, pts: Sequence[int]) -> np.ndarray:
     """Read with decord; check that the frames are those of the plan."""
-    import decord  # here, so that a machine without a wheel can run on PyAV alone
+    import decord  # here, since not every machine has it
 
     number = {value: i for i, value in enumerate(found.pts)}
     wanted = [number[value] for value in pts]
@@ -277,11 +289,10 @@ def _read_decord(path: str, found: Probe, pts: Sequence[int]) -> np.ndarray:
             )
         ascending = sorted(set(wanted))
         frames = reader.get_batch(ascending).asnumpy()
-        shown = reader.get_frame_timestamp(ascending)
+        shown = reader.get_frame_timestamp([0, *ascending])[:, 0]
     except (decord.DECORDError, IndexError) as failed:
-        raise MediaError("decode_error", _last_line(failed)) from failed
-    planned = found.times[ascending]
-    late = np.abs(shown[:, 0] - shown[0, 0] - (planned - planned[0])).max()
+        raise MediaError("decode_error", readable(failed)) from failed
+    late = np.abs(shown[1:] - shown[0] - found.times[ascending]).max()  # both count from the first frame
     if late > found.gap_s / 2 + 1e-3:
         raise MediaError("frame_mismatch", f"decord's frames are up to {late:.3f} s off")
     place = {value: i for i, value in enumerate(ascending)}
@@ -314,28 +325,7 @@ def _require_sound(frame: Any, found: Probe) -> None:
         raise MediaError("decode_error", f"the frame at {frame.time:.3f} s is damaged")
 
 
-def read_image(path: str, limits: Limits) -> np.ndarray:
-    """Return a picture, upright, as uint8 (1, h, w, 3). Raises MediaError."""
-    require_file(path, limits.max_bytes)
-    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:
-            if image.width * image.height > limits.max_pixels:
-                raise MediaError(
-                    "too_large", f"{image.width} x {image.height} pixels, {limits.max_pixels} allowed"
-                )
-            image.load()
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except UnidentifiedImageError as failed:
-        raise MediaError("not_media", "no known picture format") from failed
-    except MemoryError as full:
-        raise MediaError("oom", "the picture needs more memory than allowed") from full
-    except (OSError, ValueError, SyntaxError) as failed:  # what Pillow's parsers raise at damaged files
-        reason = "truncated" if "truncated" in str(failed).lower() else "decode_error"
-        raise MediaError(reason, _last_line(failed)) from failed
-
-
-def _last_line(error: BaseException) -> str:
+def readable(error: BaseException) -> str:
     """Return one short printable line of a decoder's message; decord quotes whole stack traces."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return "".join(c if c.isprintable() else "?" for c in lines[0])[:300]

@@ -8,7 +8,7 @@ import numpy as np
 
 from raydistill.world import decode_child, media
 
-honest_probe = media.probe
+honest_probe, honest_frames = media.probe, media.read_frames
 
 
 def probe(path: str, limits: media.Limits) -> media.Probe:
@@ -24,5 +24,12 @@ def probe(path: str, limits: media.Limits) -> media.Probe:
     return honest_probe(path, limits)
 
 
-media.probe = probe
+def read_frames(path: str, found: media.Probe, pts: list[int], decoder: str) -> tuple[np.ndarray, str]:
+    """Crash where decord is asked."""
+    if "decord_dies" in path and decoder == "decord":
+        ctypes.string_at(0)
+    return honest_frames(path, found, pts, decoder)
+
+
+media.probe, media.read_frames = probe, read_frames
 decode_child.main(sys.argv[1:])

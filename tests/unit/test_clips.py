@@ -110,12 +110,93 @@ def test_decord_reads_clean_files_and_pyav_the_rest(zoo, decoder):
     assert why.get("av1.mp4", ("codec",)) == ("codec",)
 
 
-def test_the_audit_sees_a_wrong_frame(zoo, decoder):
-    path = str(zoo[0] / "edit_list.mp4")
+HIDE_DECORD = """
+import sys
+sys.modules["decord"] = None  # as where it is not installed: the finder and the import statement find nothing
+from raydistill.world import decode_child
+decode_child.main(sys.argv[1:])
+"""
+
+
+def test_where_decord_is_not_installed_pyav_reads_everything(zoo, decoder, tmp_path):
+    folder, expected = zoo
+    (tmp_path / "child.py").write_text(HIDE_DECORD)
+    with Decoder(deadline_s=20, child=str(tmp_path / "child.py")) as child:
+        found = child.probe(str(folder / "h264.mp4"), Limits())
+        assert (found.decoder, found.why) == ("pyav", ("no_decord",))
+        assert {name: outcome(child, folder / name) for name in expected} == expected
+        clips = [list(cut_video(d, str(folder / "h264.mp4"), CUT, Limits())) for d in (child, decoder)]
+    assert np.array_equal(clips[0][0].frames, clips[1][0].frames)
+
+
+def trusted(found: Probe, **changes) -> Probe:
+    """The same finding, but sent to decord."""
+    return Probe(**{**vars(found), "decoder": "decord", "why": (), **changes})
+
+
+@pytest.mark.parametrize("name", ["edit_list.mp4", "av1.mp4"])
+def test_what_decord_cannot_read_pyav_reads(zoo, decoder, name):
+    folder, expected = zoo
+    if name not in expected:
+        pytest.skip(f"no encoder here for {name}")
+    path = str(folder / name)
     honest = decoder.probe(path, Limits())
-    wrong = Probe(**{**honest.to_json(), "time_base": honest.time_base, "decoder": "decord", "why": ()})
-    with pytest.raises(MediaError, match="frame_mismatch"):  # decord ignores the edit list
-        decoder.frames(path, wrong, honest.pts[:5], "decord")
+    frames, why = decoder.frames(path, trusted(honest), honest.pts[:5], "decord")
+    assert np.array_equal(frames, decoder.frames(path, honest, honest.pts[:5], "pyav")[0])
+    assert why
+
+
+def test_frames_that_are_all_late_by_the_same_time_are_noticed(zoo, decoder):
+    """Decord's table of times is compared from the file's first frame on, not from the first wanted one."""
+    path = str(zoo[0] / "h264.mp4")
+    honest = decoder.probe(path, Limits())
+    tick = honest.pts[1] - honest.pts[0]
+    early = trusted(honest, pts=[honest.pts[0] - 10 * tick, *honest.pts[1:]])
+    assert decoder.frames(path, trusted(honest), honest.pts[5:9], "decord")[1] == ""
+    frames, why = decoder.frames(path, early, honest.pts[5:9], "decord")
+    assert "frame_mismatch" in why
+    assert media_zoo.numbers_in(frames) == [5, 6, 7, 8]
+
+
+def test_what_neither_reads_goes_to_quarantine_with_both_messages(zoo, decoder):
+    folder, _ = zoo
+    honest = decoder.probe(str(folder / "h264.mp4"), Limits())
+    with pytest.raises(MediaError, match=r"decode_error: .*; before that, decord: ") as caught:
+        decoder.frames(str(folder / "scrambled.mp4"), honest, honest.pts[:5], "decord")
+    assert caught.value.reason == "decode_error"
+
+
+def test_a_crash_of_decord_is_no_fault_of_the_file(zoo, tmp_path):
+    bad = tmp_path / "decord_dies.mp4"
+    bad.symlink_to(zoo[0] / "h264.mp4")
+    with Decoder(deadline_s=20, child=STUB) as child:
+        found = child.probe(str(zoo[0] / "h264.mp4"), Limits())
+        frames, why = child.frames(str(bad), found, found.pts[:3], "decord")
+    assert media_zoo.numbers_in(frames) == [0, 1, 2]
+    assert "crash" in why
+
+
+class Trusting(Decoder):
+    """A decoder whose probe sends every file to decord."""
+
+    def probe(self, path: str, limits: Limits) -> Probe:
+        return trusted(super().probe(path, limits))
+
+
+def test_clips_say_when_pyav_stood_in(zoo, decoder):
+    path = str(zoo[0] / "edit_list.mp4")
+    (clip,) = cut_video(decoder, path, CUT, Limits(), audit=True)
+    assert clip.fallback == ""  # sent to PyAV in the first place
+    with Trusting(deadline_s=20) as child:
+        (stand_in,) = cut_video(child, path, CUT, Limits(), audit=True)
+    assert "frame_mismatch" in stand_in.fallback
+    assert np.array_equal(stand_in.frames, clip.frames)
+
+
+def test_the_audit_sees_a_wrong_frame(zoo):
+    """In 10-bit video decord's values differ from PyAV's, which is why such files are not sent to it."""
+    with Trusting(deadline_s=20) as child, pytest.raises(MediaError, match="disagree"):
+        list(cut_video(child, str(zoo[0] / "ten_bit.mp4"), CUT, Limits(), audit=True))
 
 
 @pytest.mark.parametrize(("name", "reason"), [("hang", "timeout"), ("crash", "crash"), ("greedy", "oom")])
