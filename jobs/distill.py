@@ -15,14 +15,14 @@ import torch
 from raydistill.artifacts import LatentStore, tree_digest
 from raydistill.config.distill import DistillConfig
 from raydistill.config.load import dump, from_command_line, run
-from raydistill.errors import StaleArtifact
+from raydistill.errors import MissingArtifact, StaleArtifact
 from raydistill.evaluation.analysis_plots import draw_analysis
 from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
 from raydistill.experts.stages import build_segment
 from raydistill.experts.worker import Run, load_result, require_own_checkpoints, settings_of, train
 from raydistill.models.wan import load_teacher
-from raydistill.sampler import SamplingPlan, build_plan
+from raydistill.sampler import SamplingPlan, build_plan, plan_times, with_tail
 from raydistill.student import Card, save_student
 from raydistill.trajectories.flow import feed, iter_batches
 from raydistill.trajectories.plan import Plan, Source
@@ -86,11 +86,16 @@ def run_stage(
     )
 
 
-def plans_of(config: DistillConfig) -> dict[int, SamplingPlan]:
-    """The sampling plans that are stored with the student."""
-    segment = build_segment(config, "semantic")
+def plans_of(config: DistillConfig) -> dict[str, SamplingPlan]:
+    """The sampling plans that are stored with the student, by name."""
+    segment, sampling = build_segment(config, "semantic"), config.sampling
+    grid, path = segment.grid, sampling.path
     boundary = None if config.experts == "single" else segment.lower
-    return {n: build_plan(n, boundary, segment.grid, config.sampling.path) for n in config.sampling.num_steps}
+    plans = {str(n): build_plan(n, boundary, grid, path) for n in sampling.num_steps}
+    if boundary is not None:
+        plans |= {f"{n}+tail": with_tail(n, boundary, grid, path) for n in sampling.semantic_tail}
+    own = {name: plan_times(tuple(t), boundary, grid.last, path) for name, t in sampling.times.items()}
+    return plans | own
 
 
 def export(
@@ -118,8 +123,10 @@ def export(
 
 def check(config: DistillConfig, store: LatentStore) -> dict[str, str]:
     """Find whatever would stop the run later, before anything is started; return the inputs' digests."""
-    if (Path(config.codec) / "config.json").is_file():
-        store.require_codec(tree_digest(config.codec))
+    if not (Path(config.codec) / "config.json").is_file():
+        raise MissingArtifact(f"no codec at {config.codec}: codec= names the folder that made {config.data}")
+    codec = tree_digest(config.codec)
+    store.require_codec(codec)
     row, net = store.row(0), load_teacher(config.teacher).transformer.config
     if (net["in_channels"], net["text_dim"]) != (row.latents.shape[0], row.text.shape[1]):
         raise StaleArtifact(
@@ -130,7 +137,7 @@ def check(config: DistillConfig, store: LatentStore) -> dict[str, str]:
     for stage in ("semantic",) if config.experts == "single" else ("semantic", "detail"):
         build_segment(config, stage)
     plans_of(config)
-    return {"teacher": tree_digest(config.teacher), "latents": store.fingerprint}
+    return {"teacher": tree_digest(config.teacher), "codec": codec, "latents": store.fingerprint}
 
 
 def analyse_teacher(config: DistillConfig, store: LatentStore) -> None:

@@ -10,8 +10,8 @@ from raydistill.errors import InvalidValue
 class GridConfig:
     """Times at which the teacher's path is cut; a training example jumps from one node."""
 
-    num_intervals: int = 25
-    """Number of teacher steps from noise to data, N (DCM: 50). At least 2."""
+    num_intervals: int = 50
+    """Number of teacher steps from noise to data, N, as in DCM. At least 2."""
     shift: float = 1.0
     """Warp of the times towards noise, by * t / (1 + (by - 1) t) (DCM: 17). 1 is none."""
     last: float = 0.0
@@ -144,7 +144,7 @@ class StageConfig:
 class DetailConfig(StageConfig):
     """The detail expert: frozen semantic expert + LoRA + own copies of the time-dependent layers."""
 
-    num_steps: int = 200
+    num_steps: int = 300
     """Optimizer steps of the stage."""
     objective: ObjectiveConfig = field(
         default_factory=lambda: ObjectiveConfig(adversarial=0.05, feature_matching=0.1)
@@ -237,11 +237,16 @@ class SamplingConfig:
     """Jump straight on, or jump to the end of the phase and noise again."""
     num_steps: tuple[int, ...] = (1, 2, 4, 8)
     """Step counts to store a plan for."""
+    semantic_tail: tuple[int, ...] = (2,)
+    """Steps of a semantic expert after which the teacher finishes; 2 is stored as '2+tail'."""
+    times: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    """Plans of your own by name: times from 1 to 0, one of them the boundary, as in mine=[1,0.86,0.72,0]."""
 
     def __post_init__(self):
         """Check ranges."""
-        for count in self.num_steps:
-            _at_least("sampling.num_steps", count, 1)
+        for name in ("num_steps", "semantic_tail"):
+            for count in getattr(self, name):
+                _at_least(f"sampling.{name}", count, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,13 @@ class LatencyConfig:
     batches: tuple[int, ...] = (1, 16)
     """Clips per call. The first is timed for every sampler, the others for the teacher's best and 4 steps:
     with one clip a small network is all overhead, and says little of a large one."""
+    threads: int = 1
+    """Torch threads while timing; more make a small network's calls wait for one another."""
 
     def __post_init__(self):
         """Check ranges."""
         _at_least("latency.rounds", self.rounds, 0)
+        _at_least("latency.threads", self.threads, 1)
         if not self.batches or min(self.batches) < 1:
             raise InvalidValue(
                 "latency.batches", self.batches, "one or more numbers of clips, each at least 1"

@@ -87,18 +87,20 @@ def _timings(
     if not how.rounds:
         return {}
     samplers = [[one.label, one.identity] for one in lineup.firsts]
-    which = [samplers, how.rounds, how.batches, config.threads, platform.node(), code_digest()]
+    which = [samplers, how.rounds, how.batches, how.threads, platform.node(), code_digest()]
     place = folder / f"latency-{fingerprint([which, dict(setting.identity)])[:16]}.json"
     try:
         return json.loads(place.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         few = [one for one in lineup.firsts if one is lineup.anchor or one.num_steps == TIMED_STEPS]
+        torch.set_num_threads(how.threads)
         timings = {
             str(batch): time_in_turn(
                 latency_calls(few if number else lineup.firsts, setting, batch), how.rounds
             )
             for number, batch in enumerate(how.batches)
         }
+        torch.set_num_threads(config.threads)
         write_json(place, timings)
         return timings
 
@@ -139,7 +141,7 @@ def _settings(config: EvaluateConfig, setting: Setting, lineup: Lineup) -> dict[
         "seed": config.seed,
         "guidance_scale": config.guidance_scale,
         "students": students,
-        "threads": config.threads,
+        "threads": config.latency.threads,
         "latency_batch": config.latency.batches[0],
         "latency_rounds": config.latency.rounds,
         "num_draws": config.num_draws,

@@ -17,7 +17,7 @@ from raydistill.errors import InvalidValue, MissingArtifact, SamplingError, Stal
 from raydistill.models.protocols import VelocityField
 from raydistill.models.wan import load_teacher
 from raydistill.sampler import SamplingPlan, teacher_plan, with_head, with_tail
-from raydistill.student import Student, load_student
+from raydistill.student import Card, Student, load_student
 
 TEACHER, TAIL, HEAD = "teacher", "semantic + teacher tail", "teacher head + detail"
 
@@ -142,8 +142,7 @@ def _of_student(
             raise
         yield Skipped(f"{kind}, student {seed}", str(missing))
         return
-    if student.card.sources.get("teacher") not in (None, teacher.identity["teacher"]):
-        raise StaleArtifact(f"{folder} was distilled from another teacher than {config.teacher}")
+    _require_same_setting(config, folder, student.card, teacher)
     fields = {**student.fields, "teacher": teacher.field}
     digest = {"student": tree_digest(folder)}
     for label, group, plan in _plans(config, kind, student):
@@ -153,6 +152,20 @@ def _of_student(
         mixed = any(one.expert == "teacher" for one in plan.jumps)
         weights = digest | (dict(teacher.identity) if mixed else {})
         yield Candidate(group, label, plan, fields, student.schedule, weights, teacher.guided, seed)
+
+
+def _require_same_setting(config: EvaluateConfig, folder: str, card: Card, teacher: _Guide) -> None:
+    """Refuse to compare a student with anything but the path that it was distilled from."""
+    if card.sources.get("teacher") not in (None, teacher.identity["teacher"]):
+        raise StaleArtifact(f"{folder} was distilled from another teacher than {config.teacher}")
+    if card.sources.get("codec") not in (None, tree_digest(config.codec)):
+        raise StaleArtifact(f"{folder} makes latents of another codec than {config.codec}")
+    for name, own in (("guidance_scale", card.guidance_scale), ("shift", card.grid.shift)):
+        if own != getattr(config, name):
+            raise StaleArtifact(
+                f"{folder} was distilled with {name} {own:g}, the teacher is measured with "
+                f"{getattr(config, name):g}: set {name}={own:g}"
+            )
 
 
 def _plans(

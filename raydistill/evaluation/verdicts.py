@@ -17,6 +17,8 @@ Timings = Mapping[str, Mapping[str, Sequence[float]]]
 Outcome = Literal["held", "not held", "undecided", "skipped"]
 BY_FAR = 10.0
 """Points of accuracy that count as worse by far."""
+TIMES_FAR = 4.0
+"""How many times the Frechet distance counts as worse by far."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Judgement:
             self._accuracy("dual 4", best, "at least", -2.0),
             self._accuracy("dual 2", best, "at least", -5.0),
             *(self._accuracy(f"dual {n}", f"teacher {n}", "at least", BY_FAR) for n in (4, 2)),
+            *(self._frechet_ratio(f"dual {n}", f"teacher {n}", "at most", 1 / TIMES_FAR) for n in (4, 2)),
             *(self._accuracy(f"dual {n}", f"single {n}", "more than", 0.0) for n in (4, 2)),
             *(self._frechet_ratio(f"dual {n}", f"single {n}", "less than", 1.0) for n in (4, 2)),
             *(self._faster(best, "dual 4", batch, 20.0) for batch in self.timings or ("1",)),
