@@ -1,10 +1,15 @@
 """The main job, small: real files, Ray Data, Ray Train, DeepSpeed, both experts, a report at the end."""
 
 import json
+import os
+import random
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,15 +21,43 @@ from raydistill.student import load_student
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.e2e
 
-STAGE = ["num_steps=3", "global_batch=8", "optimizer.warmup_steps=1"]
+NUM_STEPS = 8
+STAGE = [f"num_steps={NUM_STEPS}", "global_batch=8", "optimizer.warmup_steps=1"]
+TWO = ("scale.num_workers=2", "engine.zero_stage=2")
 
 
-def job(name, *settings):
-    """Run a job as its user would; return what it said."""
+def job(name, *settings, meanwhile=None):
+    """Run a job as its user would; return what it said. No process and no shared memory may be left."""
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, settings)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    before, mark = set(Path("/dev/shm").iterdir()), f"e2e-{uuid.uuid4()}"
+    environment = os.environ | {
+        "RAYDISTILL_E2E": mark
+    }  # Ray's processes outlive their parents; this they keep
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        if meanwhile:
+            meanwhile(process)
+        out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err[-4000:]
+    for _ in range(100):
+        if not (left := marked(mark)):
+            break
+        time.sleep(0.1)
+    assert not left
+    assert set(Path("/dev/shm").iterdir()) <= before
+    return out + err
+
+
+def marked(mark):
+    """Command lines of the processes whose environment has the mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RAYDISTILL_E2E") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline())[:200])
+        except psutil.Error:
+            continue
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +72,18 @@ def made(tmp_path_factory):
     build_tiny_codec(0, width=8).save(folder / "codec")
     source = [f"source.path={folder}/world", "source.num_clips=16", f"encode.codec={folder}/codec"]
     job("prepare", f"output={folder}/latents", *source)
-    distilled(folder, "two", "scale.num_workers=2", "engine.zero_stage=2")
+    distilled(folder, "two", *TWO)
     return folder
 
 
-def distilled(folder, name, *settings):
-    """Distil into `folder/name`, both stages, a few steps."""
+def distilled(folder, name, *settings, meanwhile=None):
+    """Distil into `folder/name`, both stages, a few steps; return what the job said."""
     stages = [f"{stage}.{value}" for stage in ("semantic", "detail") for value in STAGE]
     inputs = [f"teacher={folder}/teacher", f"codec={folder}/codec", f"data={folder}/latents"]
     micro = 8 if "scale.num_workers=1" in settings else 4
     sizes = [f"semantic.micro_batch={micro}", f"detail.micro_batch={micro}"]
-    job(
-        "distill",
-        *inputs,
-        f"output={folder}/{name}",
-        "report_every=1",
-        "save_every=2",
-        *stages,
-        *sizes,
-        *settings,
-    )
-    return folder / name
+    common = (f"output={folder}/{name}", "report_every=1", "save_every=2")
+    return job("distill", *inputs, *common, *stages, *sizes, *settings, meanwhile=meanwhile)
 
 
 def weights(run):
@@ -70,8 +94,8 @@ def weights(run):
 
 @pytest.mark.timeout(1200)
 def test_one_worker_under_zero_3_trains_the_same_student_as_two_under_zero_2(made):
-    run = distilled(made, "one", "scale.num_workers=1", "engine.zero_stage=3")
-    ours, theirs = weights(run), weights(made / "two")
+    distilled(made, "one", "scale.num_workers=1", "engine.zero_stage=3")
+    ours, theirs = weights(made / "one"), weights(made / "two")
     assert ours.keys() == theirs.keys()
     start = load_file(made / "teacher" / "diffusion_pytorch_model.safetensors")
     moved = max(float((theirs[k] - start[k]).abs().max()) for k in start)
@@ -83,7 +107,7 @@ def test_one_worker_under_zero_3_trains_the_same_student_as_two_under_zero_2(mad
 def test_the_run_left_figures_a_student_and_no_rubbish(made):
     lines = [json.loads(line) for line in (made / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [
-        (s, n) for s in ("semantic", "detail") for n in (1, 2, 3)
+        (s, n) for s in ("semantic", "detail") for n in range(1, NUM_STEPS + 1)
     ]
     assert {"loss/consistency", "loss/adversarial", "loss/critic", "loss/feature_matching"} <= lines[
         -1
@@ -92,15 +116,51 @@ def test_the_run_left_figures_a_student_and_no_rubbish(made):
     assert list((made / "two" / "tensorboard").iterdir())
     student = load_student(made / "two" / "student", made / "teacher")
     assert set(student.fields) == {"semantic", "detail", "teacher"}
-    assert not [p for p in Path("/dev/shm").iterdir() if p.name.startswith(("plasma", "torch_", "sem.mp"))]
 
 
 def test_the_same_command_again_does_nothing_and_other_settings_are_refused(made):
     before = weights(made / "two")
-    distilled(made, "two", "scale.num_workers=2", "engine.zero_stage=2")  # nothing is left to do
+    distilled(made, "two", *TWO)  # nothing is left to do
     assert all(torch.equal(value, before[name]) for name, value in weights(made / "two").items())
     with pytest.raises(AssertionError, match="IncompatibleCheckpoint"):
-        distilled(made, "two", "scale.num_workers=2", "engine.zero_stage=2", "guidance_scale=3")
+        distilled(made, "two", *TWO, "guidance_scale=3")
+
+
+def kill_workers(run, draw):
+    """Return what kills one training process, by SIGKILL, after a drawn step of each stage."""
+    wanted = {stage: draw.randrange(1, NUM_STEPS - 1) for stage in ("semantic", "detail")}
+
+    def watch(process):
+        while wanted and process.poll() is None:
+            for stage, step in list(wanted.items()):
+                if (stage, step) in reached(run):
+                    children = psutil.Process(process.pid).children(recursive=True)
+                    workers = [p for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
+                    draw.choice(sorted(workers, key=lambda p: p.pid)).kill()
+                    del wanted[stage]
+            time.sleep(0.005)
+
+    return watch
+
+
+def reached(run):
+    """Stages and steps that the run has recorded so far."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()  # the last may be torn
+    except FileNotFoundError:
+        return set()
+    return {(one["stage"], one["step"]) for one in map(json.loads, lines)}
+
+
+@pytest.mark.timeout(1200)
+def test_workers_killed_in_both_stages_leave_no_trace_in_the_student(made):
+    seed = random.SystemRandom().randrange(10**6)
+    said = distilled(made, "killed", *TWO, meanwhile=kill_workers(made / "killed", random.Random(seed)))
+    assert said.count("was lost") == 2, (seed, said[-2000:])
+    ours, theirs = weights(made / "killed"), weights(made / "two")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), seed
+    steps = [json.loads(line) for line in (made / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2 * NUM_STEPS, "steps that were done twice are recorded once"
 
 
 def test_the_report_shows_teacher_and_student(made):
