@@ -12,7 +12,7 @@
   x MediaError          one input file cannot be used; carries a reason code
   x PrepareError        too many bad inputs, or none at all
   x DistillError        a run stopped itself
-    + NonFiniteLoss     a loss term is NaN or infinite
+    + NonFiniteLoss     a loss term or a gradient norm is NaN or infinite
     + IncompatibleCheckpoint
     + PlanMismatch      the feed delivered other samples than the plan says
   x SamplingError       a plan of jumps that no expert was trained for
@@ -22,8 +22,14 @@ Ray ships exceptions between processes by pickle, which calls `type(error)(*erro
 error with fields; `__reduce__` here rebuilds them from their fields instead.
 """
 
+import errno
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class RaydistillError(Exception):
@@ -124,7 +130,7 @@ class DistillError(RaydistillError):
 
 @dataclass(eq=False)
 class NonFiniteLoss(DistillError):
-    """A loss term is NaN or infinite."""
+    """A loss term, or the norm of its gradient, is NaN or infinite."""
 
     term: str
     step: int
@@ -133,7 +139,7 @@ class NonFiniteLoss(DistillError):
     def __str__(self):
         """Name the term and the step."""
         return (
-            f"loss term '{self.term}' is {self.value} at step {self.step}; the last checkpoint is intact. "
+            f"'{self.term}' is {self.value} at step {self.step}; the last checkpoint is intact. "
             "Lower the learning rate, raise huber_c, or look at the data of this step."
         )
 
@@ -152,3 +158,28 @@ class SamplingError(RaydistillError):
 
 class TooFewFrames(RaydistillError):
     """A loss or measure needs more frames than it got."""
+
+
+@contextmanager
+def disk_full_explained(
+    target: Path, error: type[RaydistillError] = PrepareError
+) -> Generator[None, None, None]:
+    """Turn the ways in which a disk refuses more bytes into an `error` that says what to do."""
+    try:
+        yield
+    except Exception as failed:
+        code = _system_code(failed)
+        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise error(
+            f"{target}: no space left: {os.strerror(code)}. Nothing half-written counts. Make room "
+            f"under {target.parent} and run the same command again; whatever was finished is kept."
+        ) from failed
+
+
+def _system_code(failed: Exception) -> int | None:
+    """Return the operating system's number of a failure; libraries in Rust give it in their text alone."""
+    if isinstance(failed, OSError):
+        return failed.errno
+    told = re.search(r"\(os error (\d+)\)", str(failed))
+    return int(told[1]) if told else None

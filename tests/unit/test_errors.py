@@ -2,12 +2,17 @@
 
 import copy
 import pickle
+import resource
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from raydistill import errors
-from raydistill.errors import InvalidValue, RaydistillError, UnknownKey
+from raydistill.errors import DistillError, InvalidValue, RaydistillError, UnknownKey, disk_full_explained
 
 SAMPLES = {"str": "text", "int": 3, "float": 0.5, "object": {"a": 1}, "tuple[str, ...]": ("a", "b")}
 
@@ -71,3 +76,28 @@ def test_messages_name_the_culprit():
     )
     assert str(UnknownKey("zzz", ("huber_c",))) == "unknown key 'zzz'"
     assert str(InvalidValue("seed", "x", "expected int")) == "seed = 'x': expected int"
+
+
+def test_a_full_disk_is_explained_whichever_library_met_it(tmp_path):
+    """safetensors raises a type of its own, with the system's number in the text."""
+    device = Path("/dev/full")
+    for write in (lambda: device.write_bytes(b"x"), lambda: safetensors_into_little_room(tmp_path)):
+        with (
+            pytest.raises(DistillError, match=f"^{tmp_path}/run: no space left"),
+            disk_full_explained(tmp_path / "run", DistillError),
+        ):
+            write()
+    with pytest.raises(FileNotFoundError), disk_full_explained(tmp_path):
+        (tmp_path / "nowhere" / "x").write_bytes(b"")
+    with pytest.raises(SafetensorError), disk_full_explained(tmp_path):
+        save_file({"x": np.zeros(3)}, tmp_path / "nowhere" / "x")
+
+
+def safetensors_into_little_room(folder: Path) -> None:
+    """No file may grow beyond 4 KiB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        save_file({"x": np.zeros(10_000)}, folder / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
