@@ -23,8 +23,8 @@ def draw_analysis(result: Mapping[str, Any], path: str | Path) -> None:
 
     * `times`: K decreasing times in (0, 1] from which a jump was measured (grid nodes, bucket middles).
     * `steps`: S training steps at which the two following were taken.
-    * `loss`: S x K, the consistency loss by training step and time (DCM, fig. 2); None where not measured.
-    * `gradient`: S x K, the norm of its gradient over the trained weights (DCM, fig. 10); None likewise.
+    * `loss`: S x K, the consistency loss by training step and time (DCM, fig. 2b); None where not measured.
+    * `gradient`: S x K, the norm of its gradient over the trained weights (DCM, fig. 2b); None likewise.
     * `change_times`, `change`: times t_i of the teacher's path, decreasing, and the mean |x0_i - x0_{i-1}|
       per element between its successive predictions of the clean clip; entry i belongs to the one at t_i.
     * `boundary`: the time proposed for the hand-over; `in_use`: the one in the config, if another.

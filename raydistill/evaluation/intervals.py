@@ -126,23 +126,6 @@ def _combine(a: Bootstrapped, b: Bootstrapped, how: Callable) -> Bootstrapped:
     )
 
 
-def paired_difference(
-    a: Float[np.ndarray, "seeds n"],
-    b: Float[np.ndarray, "seeds n"],
-    seed: int = 0,
-    num_draws: int = NUM_DRAWS,
-) -> Estimate:
-    """Mean of a minus mean of b over the same clips, with its interval.
-
-    Each is (n,) or (students, n) per-clip values; raises ValueError when their clips differ in number.
-    """
-    a, b = np.atleast_2d(a), np.atleast_2d(b)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"not paired: {a.shape[1]} clips and {b.shape[1]}")
-    weights = clip_weights(a.shape[1], seed, num_draws)
-    return difference(mean(a, weights, "a"), mean(b, weights, "b")).estimate()
-
-
 def median(values: Sequence[float], seed: int = 0, num_draws: int = NUM_DRAWS) -> Bootstrapped:
     """Median of repeated timings, resampling rounds: the same ones for equal counts, so ratios are paired."""
     timings = np.asarray(values, dtype=np.float64)

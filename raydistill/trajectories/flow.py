@@ -23,7 +23,7 @@ from ray.data import DataContext, Dataset, TaskPoolStrategy
 
 from raydistill.artifacts import LatentRow, LatentStore, canonical_json
 from raydistill.errors import CorruptArtifact, InvalidValue, PlanMismatch, StaleArtifact
-from raydistill.flow import raised_by_us
+from raydistill.flow import Paced, raised_by_us
 from raydistill.trajectories.plan import Item, Plan
 
 if TYPE_CHECKING:
@@ -288,6 +288,7 @@ def _configured(dataset: Dataset) -> Dataset:
     # would say it more plainly, but Ray does not fuse it into tasks of a fraction of a CPU: each row would go
     # twice through a task, the second asking for a whole CPU beside the training.
     context.target_max_block_size = 1
+    context.custom_execution_callback_classes = [Paced]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return dataset

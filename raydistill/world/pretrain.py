@@ -1,6 +1,5 @@
 """Training the small world's own networks: codec, judge, teacher. One process, plain torch."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -253,8 +252,3 @@ def _snapshot(
     net.load_state_dict(average)
     save(net)
     net.load_state_dict(current)
-
-
-def provenance(config: PretrainConfig, scores: dict[str, float]) -> str:
-    """The record shipped beside the weights: what made them and how good they were."""
-    return json.dumps({"config": vars(config), "scores": scores}, indent=1)

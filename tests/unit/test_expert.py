@@ -1,10 +1,12 @@
 """The detail branch over shared weights, copies of what it trains, and routing."""
 
+import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from raydistill.errors import MissingArtifact, StaleArtifact
 from raydistill.models.expert import DualExpert, add_detail, copy_trainable, merge_lora, own_state
-from raydistill.models.wan import WanField, build_tiny_teacher
+from raydistill.models.wan import WanField, build_tiny_teacher, load_teacher, read_teacher_config, require_fit
 
 
 def _inputs(batch=5):
@@ -75,7 +77,7 @@ def test_trainable_parameters_are_lora_and_copied_layers_only():
 
 
 def test_own_parameters_of_wan_1_3b_are_120_million():
-    # DCM, supplement: 25.7 M in copied layers and 94.4 M in LoRA of rank 128.
+    # By hand from the published layer sizes: 25.7 M in copied layers, 94.4 M in LoRA of rank 128.
     with torch.device("meta"):
         net = WanTransformer3DModel(
             num_attention_heads=12,
@@ -115,6 +117,37 @@ def test_a_copy_shares_what_is_frozen_and_owns_what_is_trained():
     before = slow(*_inputs())
     _train(detail)
     assert torch.equal(slow(*_inputs()), before)
+
+
+def test_a_teachers_sizes_are_read_without_its_weights(tmp_path):
+    _shaken().transformer.save_config(tmp_path)  # no weights there
+    config = read_teacher_config(tmp_path)
+    assert (config["in_channels"], config["num_layers"], tuple(config["patch_size"])) == (4, 2, (4, 2, 2))
+    require_fit(tmp_path, (4, 8, 4, 6), (3, 32))
+
+
+@pytest.mark.parametrize(
+    ("latents", "text", "why"),
+    [
+        ((16, 4, 4, 4), (3, 32), "the data has 16 and 32"),
+        ((4, 4, 4, 4), (3, 64), "the data has 4 and 64"),
+        ((4, 6, 4, 4), (3, 32), "patches of"),
+        ((4, 4, 4, 5), (3, 32), "patches of"),
+    ],
+)
+def test_latents_that_a_teacher_cannot_take_are_refused(tmp_path, latents, text, why):
+    _shaken().transformer.save_config(tmp_path)
+    with pytest.raises(StaleArtifact, match=why):
+        require_fit(tmp_path, latents, text)
+
+
+def test_a_folder_of_something_else_is_no_teacher(tmp_path):
+    with pytest.raises(MissingArtifact, match="FileNotFoundError"):
+        read_teacher_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    for read in (read_teacher_config, load_teacher):
+        with pytest.raises(MissingArtifact, match="found UNet2DModel"):
+            read(tmp_path)
 
 
 def test_features_of_the_last_block_project_to_the_velocity():
