@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,16 @@ from typing import Any
 import torch.distributed as dist
 
 from raydistill.artifacts import MANIFEST, Manifest, differences, file_entry, write_json
-from raydistill.errors import ArtifactError, CorruptArtifact, IncompatibleCheckpoint, MissingArtifact
+from raydistill.errors import (
+    ArtifactError,
+    CorruptArtifact,
+    DistillError,
+    IncompatibleCheckpoint,
+    MissingArtifact,
+    disk_full_explained,
+)
 from raydistill.experts.engine import Engine
+from raydistill.experts.parts import part_name
 from raydistill.experts.plain_engine import rank_and_size
 
 logger = logging.getLogger(__name__)
@@ -65,9 +73,22 @@ def save(
 
     `extra` names further files and what writes them on rank 0: {"averages.safetensors": save_averages}.
     Whatever kills it leaves either the whole checkpoint or none, and the older ones as they were.
+    Raises DistillError if the disk is full.
     """
-    rank, world_size = rank_and_size()
     folder = run_dir / "checkpoints" / state.name
+    with disk_full_explained(folder, DistillError):
+        _write(folder, state, engines, extra or {})
+        if rank_and_size()[0] == 0:
+            prune(run_dir, state.stage, keep)
+    _wait()
+    return folder
+
+
+def _write(
+    folder: Path, state: TrainState, engines: Mapping[str, Engine], extra: Mapping[str, FileIO]
+) -> None:
+    """Write beside, describe, publish."""
+    rank, world_size = rank_and_size()
     beside = folder.with_name(f".tmp-{state.name}")
     if rank == 0:
         shutil.rmtree(beside, ignore_errors=True)
@@ -75,18 +96,16 @@ def save(
     _wait()
     for role, engine in engines.items():
         engine.save(beside / role)
+    mine = [f"{role}/{part_name(rank, world_size)}" for role in engines]
     if rank == 0:
-        for name, write in (extra or {}).items():
+        for name, write in extra.items():
             write(beside / name)
         write_json(beside / STATE, asdict(state))
-    _wait()
-    files = _describe(beside, rank, world_size)
+        mine += [*extra, STATE]
+    files = _describe(beside, mine, world_size)
     if rank == 0:
         Manifest(kind="checkpoint", identity={"name": state.name}, files=files).write(beside)
-        _publish(beside, folder)
-        prune(run_dir, state.stage, keep)
-    _wait()
-    return folder
+        _publish(beside, folder, engines)
 
 
 def load(
@@ -144,12 +163,12 @@ def verify(folder: Path, *, contents: bool = True) -> None:
     manifest.verify(folder, contents=contents)
 
 
-def newest_verified(run_dir: Path, stage: str) -> Path | None:
+def newest_verified(run_dir: Path, stage: str, *, contents: bool = True) -> Path | None:
     """Return the newest checkpoint of a stage whose every byte agrees with its manifest, or None.
 
-    Those passed over are logged with the reason.
+    Those passed over are logged with the reason. Without `contents` only the files' sizes are compared.
     """
-    return next(_sound(run_dir, stage, contents=True), None)
+    return next(_sound(run_dir, stage, contents=contents), None)
 
 
 def prune(run_dir: Path, stage: str, keep: int) -> None:
@@ -189,14 +208,16 @@ def _folders(run_dir: Path, stage: str) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _describe(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """Sync and hash all files, the ranks sharing the work; return the manifest's entries on every rank."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+def _describe(folder: Path, names: Iterable[str], world_size: int) -> dict[str, Any]:
+    """Sync and hash what this rank wrote; return the manifest's entries of all ranks, on every rank.
+
+    By name: on network storage a listing may lack what other machines have just written.
+    """
     entries = {}
-    for path in paths[rank::world_size]:
-        with open(path, "rb") as stream:
+    for name in names:
+        with open(folder / name, "rb") as stream:
             os.fsync(stream.fileno())
-        entries[path.relative_to(folder).as_posix()] = file_entry(path)
+        entries[name] = file_entry(folder / name)
     if world_size == 1:
         return entries
     shares: list[Any] = [None] * world_size
@@ -204,9 +225,9 @@ def _describe(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     return {name: entry for share in shares for name, entry in share.items()}
 
 
-def _publish(beside: Path, folder: Path) -> None:
+def _publish(beside: Path, folder: Path, roles: Iterable[str]) -> None:
     """Give the finished folder its name, durably; a damaged one of that name gives way."""
-    for path in (*(p for p in beside.rglob("*") if p.is_dir()), beside):
+    for path in (*(beside / role for role in roles), beside):
         _sync_folder(path)
     if folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)

@@ -13,10 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raydistill.artifacts import MANIFEST, Manifest
 from raydistill.errors import IncompatibleCheckpoint
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter: float32 master weight, first and second moment."""
+
+
+def part_name(rank: int, world_size: int) -> str:
+    """Return the name of the file that a rank writes."""
+    return f"part-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def save_parts(
@@ -31,7 +37,7 @@ def save_parts(
         if position % world_size == rank:
             mine[key] = tensor.detach().to("cpu", copy=True).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(mine, folder / f"part-{rank:05d}-of-{world_size:05d}.safetensors", {"step": json.dumps(step)})
+    save_file(mine, folder / part_name(rank, world_size), {"step": json.dumps(step)})
 
 
 class Parts:
@@ -40,7 +46,7 @@ class Parts:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files, steps = {}, set()
-        paths = sorted(folder.glob("part-*-of-*.safetensors"))
+        paths = _paths(folder)
         for path in paths:
             try:
                 opened = safe_open(path, "pt")
@@ -71,3 +77,14 @@ class Parts:
     def get(self, kind: str, name: str) -> Tensor:
         """Return one whole float32 tensor on the CPU."""
         return self._files[f"{kind}/{name}"].get_tensor(f"{kind}/{name}")
+
+
+def _paths(folder: Path) -> list[Path]:
+    """Return the parts that the checkpoint's manifest names; outside a checkpoint, those that are there.
+
+    On network storage a listing may be older than the files.
+    """
+    if not (folder.parent / MANIFEST).is_file():
+        return sorted(folder.glob("part-*-of-*.safetensors"))
+    names = Manifest.read(folder.parent).files
+    return sorted(folder.parent / name for name in names if name.startswith(f"{folder.name}/part-"))

@@ -20,21 +20,29 @@ LINE_EVERY_S = 15.0
 
 def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:
     """Return all records, of one stage if given. A last line that is still being written is left out."""
-    try:
-        lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    records = [json.loads(line) for line in _lines_of(run_dir) if line.endswith("\n")]
     return [r for r in records if stage in (None, r["stage"])]
 
 
 def forget_after(run_dir: Path, stage: str, step: int) -> None:
-    """Drop a stage's records after `step`: they will be written again by the run that resumes there."""
-    records = read_metrics(run_dir)
-    kept = [r for r in records if r["stage"] != stage or r["step"] <= step]
-    if len(kept) < len(records):
+    """Drop a stage's records after `step`, which the run that resumes there writes again, and a torn line.
+
+    Only while nobody writes: to what is left of a line the next record would be appended.
+    """
+    kept = [r for r in read_metrics(run_dir) if r["stage"] != stage or r["step"] <= step]
+    if len(kept) < len(_lines_of(run_dir)):
         text = "".join(json.dumps(r) + "\n" for r in kept)
         write_atomically(run_dir / METRICS, text.encode())
+
+
+def _lines_of(run_dir: Path) -> list[str]:
+    """Return the lines of the file with their ends; a torn one has none."""
+    try:
+        # A torn tail may be anything, after a power cut even no text.
+        text = (run_dir / METRICS).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return text.splitlines(keepends=True)
 
 
 @contextmanager

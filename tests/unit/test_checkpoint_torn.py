@@ -5,13 +5,15 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from raydistill.artifacts import Manifest
 from raydistill.config.distill import EngineConfig, OptimizerConfig
-from raydistill.errors import IncompatibleCheckpoint
+from raydistill.errors import DistillError, IncompatibleCheckpoint
 from raydistill.experts import checkpoint
 from raydistill.experts.checkpoint import TrainState, newest_verified
 from raydistill.experts.engine import Engine, build_engine
@@ -211,12 +213,29 @@ def test_no_space_leaves_the_older_ones(run_dir):
         raise OSError(28, "No space left on device")
 
     state = TrainState(stage="semantic", step=3, settings=SETTINGS)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DistillError, match="semantic-step-000003: no space left"):
         checkpoint.save(run_dir, state, engines=engines, extra={"averages.safetensors": full})
     assert newest_verified(run_dir, "semantic").name == "semantic-step-000002"
     checkpoint.remove_unfinished(run_dir)
     names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     assert names == ["semantic-step-000001", "semantic-step-000002"]
+
+
+def test_a_stale_listing_costs_no_file(tmp_path, monkeypatch):
+    """Network storage may list a folder as it was: what was written is known without looking."""
+    engines = roles()
+    for _ in range(2):
+        advance(engines)
+    with monkeypatch.context() as stale:
+        stale.setattr(Path, "rglob", lambda self, pattern: iter(()))
+        folder = save(tmp_path, engines)
+    assert set(Manifest.read(folder).files) == set(FILES) - {"manifest.json"}
+    # And the other way round: a part that no manifest names does not exist.
+    shutil.copy(folder / FILES[0], folder / "student" / "part-00001-of-00002.safetensors")
+    taken_up = roles()
+    with monkeypatch.context() as stale:
+        stale.setattr(Path, "glob", lambda self, pattern: iter(()))
+        assert checkpoint.load(folder, asked_for(), engines=taken_up).step == 2
 
 
 KILLED_EVERYWHERE = """
