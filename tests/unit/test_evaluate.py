@@ -276,10 +276,17 @@ def test_strict_raises_for_what_is_missing(config, lacks):
         read(strict)
 
 
-def test_a_student_of_another_teacher_is_refused(config, tmp_path):
-    stranger = make_student(tmp_path / "stranger", "dual", 1, sources={"teacher": "0" * 64})
-    with pytest.raises(StaleArtifact, match="another teacher"):
+@pytest.mark.parametrize("source", ["teacher", "codec"])
+def test_a_student_of_other_networks_is_refused(config, tmp_path, source):
+    stranger = make_student(tmp_path / "stranger", "dual", 1, sources={source: "0" * 64})
+    with pytest.raises(StaleArtifact, match=f"another {source}"):
         build_lineup(dataclasses.replace(config, students={"dual": [stranger]}), NULL_TEXT)
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "shift"])
+def test_a_student_of_another_path_of_the_teacher_is_refused(config, name):
+    with pytest.raises(StaleArtifact, match=f"set {name}="):
+        build_lineup(dataclasses.replace(config, **{name: 3.0}), NULL_TEXT)
 
 
 def test_steps_a_student_cannot_do_are_skipped_and_another_path_has_its_own_rows(config):
