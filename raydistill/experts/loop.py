@@ -8,6 +8,7 @@ import torch
 
 from raydistill.errors import NonFiniteLoss
 from raydistill.experts.detail import CriticInputs, critic_losses, detail_losses
+from raydistill.experts.engine import Engine
 from raydistill.experts.meter import Meter
 from raydistill.experts.semantic import Losses, semantic_losses
 from raydistill.experts.stages import Stage
@@ -26,6 +27,18 @@ def require_finite(losses: Losses, step: int) -> None:
             raise NonFiniteLoss(name, step, total)
 
 
+def require_finite_gradient(engine: Engine, term: str) -> None:
+    """Raise NonFiniteLoss unless the optimizer step just done had a finite gradient norm.
+
+    A finite loss may have a gradient that is not. Some engines then put NaN into the weights, others leave
+    the step out without a word, and one calls the norm -1.
+    """
+    norm = engine.grad_norm
+    if norm is None or not 0.0 <= norm < math.inf:
+        value = math.inf if norm == math.inf else math.nan
+        raise NonFiniteLoss(term, engine.steps - 1, value)
+
+
 def draw(stage: Stage, batch: Batch) -> tuple[Losses, CriticInputs | None]:
     """One draw of the stage's loss."""
     if stage.name == "semantic":
@@ -42,7 +55,8 @@ def critic_turn(stage: Stage, seen: CriticInputs, meter: Meter) -> None:
     require_finite(turn, engine.steps)
     meter.add(turn)
     engine.backward(turn.total)
-    engine.step()
+    if engine.step():
+        require_finite_gradient(engine, "gradient norm of the critic")
 
 
 def distill(
@@ -62,6 +76,7 @@ def distill(
         del losses, seen
         if not engine.step():
             continue
+        require_finite_gradient(engine, "gradient norm")
         stage.update_averages()
         step, done = engine.steps, engine.steps == stage.config.num_steps
         if step % report_every == 0 or done:
