@@ -4,26 +4,27 @@
     python jobs/prepare.py source.kind=videos source.path=FOLDER encode.codec=CODEC clip.num_frames=81 ...
 
 Draw the small world or list a folder; hash; decode in child processes; encode; commit shard by shard. Run the
-same command again after a stop: finished shards are kept and their files not read again.
+same command again after a stop, or with more files: finished shards are kept and their files not read again.
 """
 
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raydistill.artifacts import LATENTS_SCHEMA_VERSION, Manifest, fingerprint, write_json
+from raydistill.artifacts import LATENTS_SCHEMA_VERSION, MANIFEST, Manifest, fingerprint, write_json
 from raydistill.config.load import dump, from_command_line, run
 from raydistill.config.prepare import PrepareConfig
-from raydistill.errors import PrepareError
+from raydistill.errors import PrepareError, disk_full_explained
 from raydistill.flow import connect
 from raydistill.latents.encode import NORMALISATION, models_identity, require_length
 from raydistill.latents.flow import EncodeOptions, encode_shards
 from raydistill.latents.progress import meter
 from raydistill.latents.shards import (
-    disk_full_explained,
+    adopt_shard,
     finished_shard,
     point_to,
     write_artifact,
@@ -41,12 +42,12 @@ from raydistill.world.folder import (
     missing_captions_message,
     read_captions_file,
 )
-from raydistill.world.inputs import Input, Shard, deal, mark_duplicates
+from raydistill.world.inputs import Input, Shard, deal, inputs_identity, mark_duplicates
 from raydistill.world.media import Limits
 
 
 def identity_of(config: PrepareConfig) -> dict[str, Any]:
-    """Everything that shapes the rows; what only shapes the run (actors, deadlines, paths) is not in it."""
+    """All that shapes rows, but for the files; what only shapes the run (actors, deadlines) is not in it."""
     clip, limits = config.clip, config.limits
     text = WordVectors(config.encode.text_tokens, config.encode.text_width)
     return {
@@ -87,7 +88,16 @@ def look_at(config: PrepareConfig, sources: list[Source]) -> list[Input]:
     except (OSError, ValueError, KeyError, TypeError):
         known = {}  # only a shortcut
     captions = read_captions_file(source.captions) if source.captions else None
-    found = index(source.path, sources, policy=source.caption_policy, captions=captions, known=known)
+    with meter("hashing", len(sources)) as progress:
+        progress.show(0)
+        found = index(
+            source.path,
+            sources,
+            policy=source.caption_policy,
+            captions=captions,
+            known=known,
+            report=lambda files, read: progress.show(files, read=read),
+        )
     write_json(
         memory, {"root": root, "files": [[i.uri, i.bytes, i.mtime_ns, i.sha256] for i in found if i.sha256]}
     )
@@ -97,22 +107,70 @@ def look_at(config: PrepareConfig, sources: list[Source]) -> list[Input]:
     return mark_duplicates(found)
 
 
-def encode(config: PrepareConfig, identity: Mapping[str, Any], folder: Path, inputs: list[Input]) -> Tally:
-    """Prepare all shards that are not finished, then write the manifest over all of them."""
+def artifact_identity(
+    config: PrepareConfig, identity: Mapping[str, Any], inputs: list[Input]
+) -> dict[str, Any]:
+    """Everything that shapes the artifact: what shapes the rows, and the files."""
+    return {
+        **identity,
+        "inputs": inputs_identity(inputs),
+        "files_per_shard": config.shard.files_per_shard,
+    }
+
+
+def decoder_limits(config: PrepareConfig) -> dict[str, float]:
+    """The limits that may decide a file's fate but no row's contents, as shards remember them."""
+    return {"deadline_s": config.limits.deadline_s, "memory_gib": config.limits.memory_gib}
+
+
+def find_finished(
+    config: PrepareConfig, identity: Mapping[str, Any], folder: Path, shards: list[Shard]
+) -> dict[str, Manifest]:
+    """Return what need not be done: shards finished here, or in the folder of an earlier run's inputs."""
+    limits, donors = decoder_limits(config), defaultdict[str, list[Path]](list)
+    for record in sorted(folder.parent.glob("*/*-*.manifest.json")):
+        if record.parent != folder:
+            donors[record.name.removesuffix(".manifest.json")].append(record.parent)
+    done: dict[str, Manifest] = {}
+    for name in (shard.name for shard in shards):
+        found = finished_shard(folder, name, identity, limits)
+        found = found or adopt_shard(folder, name, identity, limits, donors[name])
+        if found:
+            done[name] = found
+    return done
+
+
+def encode(
+    config: PrepareConfig,
+    identity: Mapping[str, Any],
+    whole: Mapping[str, Any],
+    folder: Path,
+    inputs: list[Input],
+) -> Tally:
+    """Prepare all shards that are not finished, then write the manifest over all of them.
+
+    `identity` is that of the rows, `whole` that of the artifact.
+    """
     tolerance, shards = config.tolerance, deal(inputs, config.shard.files_per_shard)
     tally = Tally(
-        len(inputs), tolerance.max_bad_fraction, tolerance.max_bad_in_a_row, where=str(folder / "quarantine")
+        len(inputs),
+        tolerance.max_bad_fraction,
+        tolerance.max_bad_in_a_row,
+        tolerance.allowed_bad_files,
+        where=str(folder / "quarantine"),
     )
     settled = [i for i in inputs if i.reason]
     write_quarantine(
         folder, "listing", [{**i.to_json(), "stage": "list"} for i in settled if i.reason not in FILTERED]
     )
     tally.add([("filtered" if i.reason in FILTERED else "quarantined", i.reason) for i in settled])
-    done = {s.name: m for s in shards if (m := finished_shard(folder, s.name, identity))}
+    done = find_finished(config, identity, folder, shards)
     for manifest in done.values():
         tally.add_shard(manifest.facts)
     earlier = tally.clips, tally.video_s
     todo = [s for s in shards if s.name not in done]
+    if todo:
+        (folder / MANIFEST).unlink(missing_ok=True)  # what it names is about to be written again
     with meter("preparing", len(inputs)) as progress:
         progress.show(tally.seen, bad=tally.bad)
         for manifest in decode_and_encode(config, identity, folder, todo) if todo else ():
@@ -121,7 +179,7 @@ def encode(config: PrepareConfig, identity: Mapping[str, Any], folder: Path, inp
             new = {"clips": tally.clips - earlier[0], "video_s": tally.video_s - earlier[1]}
             progress.show(tally.seen, bad=tally.bad, **new)
     tally.require_complete()
-    write_artifact(folder, [done[s.name] for s in shards], identity, facts=tally.counts())
+    write_artifact(folder, [done[s.name] for s in shards], whole, facts=tally.counts())
     return tally
 
 
@@ -161,6 +219,7 @@ def decode_and_encode(
         dtype=encoding.dtype,
         batch_size=encoding.batch_size,
         rows_per_group=config.shard.rows_per_group,
+        tried_with=decoder_limits(config),
     )
     return encode_shards(
         decoded,
@@ -176,19 +235,23 @@ def prepare(config: PrepareConfig) -> Path:
     began, identity = time.monotonic(), identity_of(config)
     if config.source.kind != "images":
         require_length(config.encode.codec, config.clip.num_frames)
-    name = fingerprint(identity)[:12]
-    folder = Path(config.output) / name
-    with connect(config.cluster.num_cpus, config.cluster.object_store_mib), disk_full_explained(folder):
+    with (
+        connect(config.cluster.num_cpus, config.cluster.object_store_mib),
+        disk_full_explained(Path(config.output)),
+    ):
         inputs = look_at(config, find_sources(config))
-        tally = encode(config, identity, folder, inputs)
-        point_to(config.output, name, fingerprint(identity))
+        whole = artifact_identity(config, identity, inputs)
+        made = fingerprint(whole)
+        folder = Path(config.output) / made[:12]
+        tally = encode(config, identity, whole, folder, inputs)
+        point_to(config.output, made[:12], made)
     seconds = time.monotonic() - began
     stats = {**tally.counts(), "seconds": round(seconds, 3), "clips_per_s": round(tally.clips / seconds, 3)}
-    write_json(folder / "stats.json", {**stats, "fingerprint": fingerprint(identity)})
+    write_json(folder / "stats.json", {**stats, "fingerprint": made})
     dump(config, folder / "config.yaml")
     print(tally.summary())
     print(f"{tally.clips} clips, {tally.video_s:.0f} s of video, in {seconds:.1f} s")
-    print(f"latents: {folder} (fingerprint {fingerprint(identity)})")
+    print(f"latents: {folder} (fingerprint {made})")
     return folder
 
 

@@ -73,7 +73,8 @@ class LimitsConfig:
     max_packets: int = 500_000
     """Frames of a video."""
     deadline_s: float = 60.0
-    """Seconds for one clip's decoding, after which the decoder is killed. Not part of the fingerprint."""
+    """Seconds for one clip's decoding, after which the decoder is killed. Not part of the fingerprint; files
+    in quarantine as timeout, oom or crash are tried again by a run with a longer deadline or more memory."""
     memory_gib: float = 4.0
     """Address space of a decode child, in GiB. Not part of the fingerprint."""
 
@@ -138,7 +139,7 @@ class ShardConfig:
     """How the artifact is divided. A shard is what a stopped run has to do again."""
 
     files_per_shard: int = 64
-    """Input files that make one shard."""
+    """Most input files of one shard; on average it has two thirds of them."""
     rows_per_group: int = 4
     """Rows that a reader has to fetch together; few make random reads fast."""
 
@@ -155,6 +156,8 @@ class ToleranceConfig:
 
     max_bad_fraction: float = 0.05
     """Share of quarantined files above which something is wrong with all of them; 1 never stops."""
+    allowed_bad_files: int = 1
+    """So many quarantined files never stop the job by their share, which in a small folder is soon large."""
     max_bad_in_a_row: int = 100
     """So many quarantined files one after the other stop the job at once."""
 
@@ -162,6 +165,7 @@ class ToleranceConfig:
         """Check ranges."""
         if not 0 <= self.max_bad_fraction <= 1:
             raise InvalidValue("tolerance.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+        _at_least("tolerance.allowed_bad_files", self.allowed_bad_files, 0)
         _at_least("tolerance.max_bad_in_a_row", self.max_bad_in_a_row, 1)
 
 
@@ -185,7 +189,8 @@ class PrepareConfig:
     """Media files become fingerprinted latents. Run again after a stop: finished shards are kept."""
 
     output: str = "build/latents"
-    """Folder of the artifact; `latents.json` in it names the subfolder made by these settings."""
+    """Folder of artifacts; `latents.json` in it names the subfolder made last. Other settings or inputs make
+    another subfolder, which shares unchanged shards with earlier ones; those may be removed."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Media files and captions."""
     clip: ClipConfig = field(default_factory=ClipConfig)

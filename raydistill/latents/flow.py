@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class EncodeOptions:
     dtype: str = "float32"
     batch_size: int = 16
     rows_per_group: int = 4
+    tried_with: Mapping[str, float] = field(default_factory=dict)
+    """The decoder's limits, kept with each shard: a file that failed is tried again when they are raised."""
 
 
 def encode_shards(
@@ -97,7 +99,7 @@ class EncodeShards:
             options.identity,
             order=rows[0]["order"],
             rows_per_group=options.rows_per_group,
-            facts=shard_facts(rows, details),
+            facts={**shard_facts(rows, details), "tried_with": dict(options.tried_with)},
         )
         return f"{name}.manifest.json"
 
@@ -125,7 +127,10 @@ def sample_id(about: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
 
 
 def shard_facts(rows: Sequence[Mapping[str, Any]], details: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what became of each file: one outcome per file, in order, and the seconds of video kept."""
+    """Return what became of each file: one outcome per file, in order, and the seconds of video kept.
+
+    `fallbacks` counts the files in which PyAV stood in for decord.
+    """
     outcomes: dict[int, list[str]] = {}
     seconds = 0.0
     for row, about in zip(rows, details, strict=True):
@@ -136,4 +141,5 @@ def shard_facts(rows: Sequence[Mapping[str, Any]], details: Sequence[Mapping[str
         "files": [outcomes[number] for number in sorted(outcomes)],
         "clips": clips,
         "video_s": round(seconds, 6),
+        "fallbacks": len({about["uri"] for about in details if about.get("fallback")}),
     }

@@ -21,13 +21,14 @@ class Meter:
         self.already: int | None = None
         self.task = bar.add_task(title, total=total, note="") if bar else None
 
-    def show(self, done: int, *, clips: int = 0, video_s: float = 0.0, bad: int = 0) -> None:
-        """Show `done` files of the total; `clips` and `video_s` are of this run, `bad` of all."""
+    def show(self, done: int, *, read: int = 0, clips: int = 0, video_s: float = 0.0, bad: int = 0) -> None:
+        """Show files `done` of the total; bytes `read`, `clips`, `video_s` are of this run, `bad` of all."""
         if self.already is None:
             self.already = done  # by an earlier run: no part of the rate
         now = time.monotonic()
         spent = max(now - self.began, 1e-9)
         note = f"{clips / spent:.1f} clips/s, {video_s / spent:.1f} video-s/s" if clips else ""
+        note += f"{read / spent / 1e6:.0f} MB/s" if read else ""
         note += (", " if note else "") + f"{bad} bad" if bad else ""
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, note=note)

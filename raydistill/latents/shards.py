@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,13 @@ from raydistill.artifacts import (
     write_atomically,
     write_json,
 )
-from raydistill.errors import ArtifactError, CorruptArtifact, PrepareError
+from raydistill.errors import ArtifactError, CorruptArtifact, disk_full_explained
+
+LIMITED = frozenset({"timeout", "oom", "crash"})
+"""Reasons for quarantine that a longer deadline or more memory may remove."""
+
+UNSETTLED = frozenset({"changed"})
+"""Reasons that may be gone the next time, whatever the settings."""
 
 
 def tensor_columns(name: str, values: np.ndarray) -> dict[str, Any]:
@@ -112,20 +118,6 @@ def write_quarantine(folder: str | Path, name: str, bad: Sequence[Mapping[str, A
         write_atomically(target, ("\n".join(lines) + "\n").encode())
 
 
-@contextmanager
-def disk_full_explained(target: Path) -> Iterator[None]:
-    """Turn the ways in which a disk refuses more bytes into a PrepareError that says what to do."""
-    try:
-        yield
-    except OSError as failed:
-        if failed.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise PrepareError(
-            f"{target}: no space left: {failed.strerror}. Nothing half-written counts. Make room "
-            f"under {target.parent} and run the same command again; finished shards are kept."
-        ) from failed
-
-
 def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the sha256 over everything in the rows that training sees, tensors by their bytes."""
     seen = [(r["sample_id"], r["caption"], r["lane"], r["latents_shape"], r["text_shape"]) for r in rows]
@@ -133,14 +125,60 @@ def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
     return fingerprint([seen, tensors])
 
 
-def finished_shard(folder: str | Path, name: str, identity: Mapping[str, Any]) -> Manifest | None:
-    """Return the manifest of a shard that is whole and made by the same identity, else None."""
+def finished_shard(
+    folder: str | Path, name: str, identity: Mapping[str, Any], limits: Mapping[str, float] | None = None
+) -> Manifest | None:
+    """Return the manifest of a shard that is whole and made by the same identity, else None.
+
+    With `limits` (as in the facts' `tried_with`) a shard does not count either if a file of it may fare
+    better under them.
+    """
     try:
         manifest = Manifest.read(Path(folder) / f"{name}.manifest.json")
         manifest.verify(folder, contents=False)
     except ArtifactError:
         return None
-    return manifest if manifest.fingerprint == fingerprint(identity) else None
+    again = limits is not None and _may_fare_better(manifest.facts, limits)
+    return manifest if manifest.fingerprint == fingerprint(identity) and not again else None
+
+
+def _may_fare_better(facts: Mapping[str, Any], limits: Mapping[str, float]) -> bool:
+    """Whether a quarantined file deserves another try: it changed meanwhile, or a limit was raised."""
+    reasons = {reason for *_, reason in facts.get("files", ())}
+    tried = facts.get("tried_with", {})
+    raised = any(limit > tried.get(name, 0.0) for name, limit in limits.items())
+    return bool(reasons & UNSETTLED or (raised and reasons & LIMITED))
+
+
+def adopt_shard(
+    folder: str | Path,
+    name: str,
+    identity: Mapping[str, Any],
+    limits: Mapping[str, float],
+    donors: Iterable[Path],
+) -> Manifest | None:
+    """Share a shard that another folder has finished, by hard links; return its manifest, None if none has.
+
+    Nobody writes into a file that has its final name, so neither folder can harm the other. None also where
+    the file system knows no links.
+    """
+    found = ((donor, finished_shard(donor, name, identity, limits)) for donor in donors)
+    donor, manifest = next(((d, m) for d, m in found if m), (None, None))
+    if donor is None:
+        return None
+    folder = Path(folder)
+    (folder / "quarantine").mkdir(parents=True, exist_ok=True)
+    for part in (f"{name}.parquet", f"quarantine/{name}.jsonl", f"{name}.manifest.json"):  # manifest last
+        (folder / part).unlink(missing_ok=True)
+        if not (donor / part).exists():
+            continue  # a shard without bad files has no list
+        try:
+            os.link(donor / part, folder / part)
+        except OSError as failed:
+            if failed.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
+                raise
+            return None
+    return manifest
 
 
 def write_artifact(

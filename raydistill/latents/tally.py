@@ -16,12 +16,15 @@ class Tally:
     """Files listed."""
     max_bad_fraction: float = 1.0
     max_bad_in_a_row: int = 100
+    allowed_bad_files: int = 0
     where: str = ""
     """Folder of the quarantine lists, for messages."""
     kept: int = 0
     clips: int = 0
     video_s: float = 0.0
     """Seconds of video in the clips."""
+    fallbacks: int = 0
+    """Kept files in which decord failed and PyAV stood in."""
     filtered: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
     bad_in_a_row: int = 0
@@ -38,13 +41,14 @@ class Tally:
                 raise self._too_many(f"{self.bad_in_a_row} bad files in a row", "max_bad_in_a_row")
         self.clips += clips
         self.video_s += video_s
-        if self.bad > self.max_bad_fraction * self.inputs:
+        if self.bad > max(self.allowed_bad_files, self.max_bad_fraction * self.inputs):
             share = f"{self.bad} of {self.inputs} files are bad, more than {self.max_bad_fraction:.1%}"
             raise self._too_many(share, "max_bad_fraction")
 
     def add_shard(self, facts: Mapping[str, Any]) -> None:
         """Count a committed shard from its manifest's facts."""
         outcomes = [(outcome, reason) for _, _, outcome, reason in facts["files"]]
+        self.fallbacks += facts["fallbacks"]
         self.add(outcomes, facts["clips"], facts["video_s"])
 
     @property
@@ -75,6 +79,7 @@ class Tally:
             "quarantined": dict(sorted(self.quarantined.items())),
             "clips": self.clips,
             "video_s": round(self.video_s, 3),
+            "fallbacks": self.fallbacks,
         }
 
     def summary(self) -> str:
@@ -85,6 +90,7 @@ class Tally:
             line
             + (f"\nleft out: {self.reasons()}" if left + bad else "")
             + (f"; see {self.where}" if bad else "")
+            + (f"\n{self.fallbacks} files read by PyAV where decord failed" if self.fallbacks else "")
         )
 
     def reasons(self) -> str:

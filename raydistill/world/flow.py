@@ -1,5 +1,6 @@
 """Ray Data over paths: draw the small world, hash inputs, decode shards of files into clips."""
 
+import itertools
 import json
 import socket
 import time
@@ -37,6 +38,12 @@ DECODED = pa.schema(
     ]
 )
 """One row per clip, or per file that gave none. `files`: how many the shard has; `detail`: JSON."""
+
+PART_FILES, PART_BYTES = 512, 2**30
+"""How much one task of `index` hashes, so that it takes seconds."""
+
+PARTS_AT_ONCE = 1024
+"""Tasks of `index` that wait or run at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +102,41 @@ def index(
     policy: str,
     captions: Mapping[str, str] | None,
     known: Mapping[tuple[str, int, int], str],
+    report: Callable[[int, int], None],
 ) -> list[Input]:
-    """Examine all files, in tasks. `known`: hashes of files seen by an earlier run, by uri, bytes, mtime."""
-    task, running = ray.remote(_examine_part), []
-    for start in range(0, len(sources), 512):
-        part = sources[start : start + 512]
-        words = None if captions is None else {s.uri: captions[s.uri] for s in part if s.uri in captions}
-        hashes = [known.get((s.uri, s.bytes, s.mtime_ns), "") for s in part]
-        running.append(task.remote(str(root), part, hashes, policy, words))
-    return [found for part in ray.get(running) for found in part]
+    """Examine all files, in tasks. `known`: hashes of files seen by an earlier run, by uri, bytes, mtime.
+
+    `report` gets the number of files examined so far, and of bytes read for it.
+    """
+    task, found, files, read = ray.remote(_examine_part), list[list[Input]](), 0, 0
+    waiting = iter(_parts(sources))
+    running: dict[ray.ObjectRef[list[Input]], tuple[int, int]] = {}
+    while True:
+        for part in itertools.islice(waiting, PARTS_AT_ONCE - len(running)):
+            words = None if captions is None else {s.uri: captions[s.uri] for s in part if s.uri in captions}
+            hashes = [known.get((s.uri, s.bytes, s.mtime_ns), "") for s in part]
+            unread = sum(s.bytes for s, sha in zip(part, hashes, strict=True) if not sha)
+            running[task.remote(str(root), part, hashes, policy, words)] = len(found), unread
+            found.append([])
+        if not running:
+            return [one for part in found for one in part]
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        number, unread = running.pop(done)
+        found[number] = ray.get(done)
+        files, read = files + len(found[number]), read + unread
+        report(files, read)
+
+
+def _parts(sources: Sequence[Source]) -> Iterator[list[Source]]:
+    """Yield the files in portions that take about the same time."""
+    part: list[Source] = []
+    for source in sources:
+        part.append(source)
+        if len(part) == PART_FILES or sum(s.bytes for s in part) >= PART_BYTES:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _examine_part(

@@ -34,7 +34,7 @@ class Shard:
     """Files that are prepared and committed together."""
 
     name: str
-    """Its number and a digest of its inputs: other inputs make another name."""
+    """From the first file's hash and a digest of all inputs: other inputs make another name."""
     order: int
     inputs: tuple[Input, ...]
 
@@ -88,11 +88,26 @@ def mark_duplicates(inputs: Iterable[Input]) -> list[Input]:
 
 
 def deal(inputs: Sequence[Input], files_per_shard: int) -> list[Shard]:
-    """Deal the files that are to be decoded to shards, in content-hash order: names do not matter."""
+    """Deal the files that are to be decoded to shards of at most so many, in content-hash order.
+
+    A shard also ends after a file whose hash says so, one in `files_per_shard`: so one more file changes the
+    shard it falls into and perhaps the next, not all that follow.
+    """
     ready = sorted((i for i in inputs if not i.reason), key=lambda i: i.sha256)
-    shards = []
-    for order, start in enumerate(range(0, len(ready), files_per_shard)):
-        members = tuple(ready[start : start + files_per_shard])
-        digest = fingerprint([[i.sha256, i.caption] for i in members])
-        shards.append(Shard(f"{order:05d}-{digest[:10]}", order, members))
+    shards: list[Shard] = []
+    members: list[Input] = []
+    for found in ready:
+        members.append(found)
+        says_so = int(found.sha256[-8:], 16) % files_per_shard == 0
+        if says_so or len(members) == files_per_shard or found is ready[-1]:
+            digest = inputs_identity(members)["digest"]
+            name = f"{members[0].sha256[:8]}-{digest[:12]}"
+            shards.append(Shard(name, len(shards), tuple(members)))
+            members = []
     return shards
+
+
+def inputs_identity(inputs: Iterable[Input]) -> dict[str, Any]:
+    """Return what stands for files in a fingerprint, in any order: names, contents, captions, refusals."""
+    facts = sorted([i.uri, i.sha256, i.caption, i.reason] for i in inputs)
+    return {"files": len(facts), "digest": fingerprint(facts)}

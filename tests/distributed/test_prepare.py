@@ -1,6 +1,5 @@
 """The prepare job on a real Ray: every file accounted for, and the same rows whatever is killed meanwhile."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -18,11 +17,10 @@ import numpy as np
 import pytest
 import ray
 from PIL import Image
+from prepare_cases import ROOT, actors_after, descendants, digests, prepare, settings, sprites
 from ray.data import DataContext
 
 from raydistill.artifacts import LatentStore, Manifest
-from raydistill.config.load import from_command_line
-from raydistill.config.prepare import PrepareConfig
 from raydistill.errors import MissingArtifact, PrepareError
 from raydistill.flow import connect
 from raydistill.latents.encode import Encoder
@@ -34,13 +32,6 @@ from raydistill.world.folder import list_sources
 from raydistill.world.inputs import deal, examine
 from raydistill.world.media import Limits
 from raydistill.world.sprites import Attributes, held_out
-
-ROOT = Path(__file__).parents[2]
-
-
-spec = importlib.util.spec_from_file_location("prepare_job", ROOT / "jobs" / "prepare.py")
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
 
 
 @pytest.fixture(scope="module")
@@ -66,28 +57,6 @@ def world(cluster, codec, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     prepare(codec, folder / "latents", *sprites(folder / "clips"))
     return folder / "clips", LatentStore(folder / "latents")
-
-
-def sprites(clips: Path) -> list[str]:
-    return [f"source.path={clips}", "source.num_clips=40", "shard.files_per_shard=2"]
-
-
-def settings(codec: Path, output: Path, *pairs: str) -> list[str]:
-    return [f"encode.codec={codec}", f"output={output}", *pairs]
-
-
-def prepare(codec: Path, output: Path, *pairs: str) -> Path:
-    return job.prepare(from_command_line(PrepareConfig, settings(codec, output, *pairs))[0])
-
-
-def digests(folder: Path) -> dict[str, tuple[int, str]]:
-    """Time of change and digest of every shard."""
-    manifests = {p: Manifest.read(p) for p in folder.glob("*-*.manifest.json")}
-    return {
-        name: ((folder / name).stat().st_mtime_ns, entry["rows_digest"])
-        for manifest in manifests.values()
-        for name, entry in manifest.files.items()
-    }
 
 
 def test_the_small_world_becomes_latents(world, codec):
@@ -126,28 +95,6 @@ def test_running_again_does_nothing_again(world, codec):
     assert LatentStore(store.folder.parent).fingerprint == store.fingerprint
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Processes below a process, with their command lines."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found: dict[int, str] = {}
-    todo = [pid]
-    while todo:
-        parent = todo.pop()
-        for child in [c for c, p in parents.items() if p == parent]:
-            todo.append(child)
-            try:
-                found[child] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-    return found
-
-
 def kill_job_after_first_shard(codec: Path, output: Path, clips: Path) -> None:
     """Run the job as a user does, on a Ray of its own, and kill it -9; nothing may outlive it."""
     words = settings(codec, output, *sprites(clips), "cluster.object_store_mib=100")
@@ -176,13 +123,9 @@ def kill_job_after_first_shard(codec: Path, output: Path, clips: Path) -> None:
 
 def kill_actors_after(shards: int, output: Path, killed: list[str]) -> None:
     """Kill -9 the decode and encode actors of this process's Ray, as soon as there are so many shards."""
-    deadline = time.monotonic() + 200
-    while len(list(output.glob("*/*-*.manifest.json"))) < shards and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for pid, command in descendants(os.getpid()).items():
-        if "DecodeShards" in command or "EncodeShards" in command:
-            os.kill(pid, signal.SIGKILL)
-            killed.append(command)
+    for pid, command in actors_after(shards, output, "DecodeShards", "EncodeShards").items():
+        os.kill(pid, signal.SIGKILL)
+        killed.append(command)
 
 
 def test_killed_job_and_killed_actors_change_nothing(world, codec, tmp_path):

@@ -87,6 +87,7 @@ DOES_NOT = [
     {"shard": {"rows_per_group": 3}},
     {"tolerance": {"max_bad_fraction": 0.5}},
     {"tolerance": {"max_bad_in_a_row": 3}},
+    {"tolerance": {"allowed_bad_files": 3}},
     {"cluster": {"num_cpus": 3}},
     {"cluster": {"object_store_mib": 300}},
 ]
@@ -147,6 +148,7 @@ def test_a_codec_that_is_not_there(tmp_path):
         (lambda: EncodeConfig(batch_size=0), "encode.batch_size"),
         (lambda: ShardConfig(rows_per_group=0), "shard.rows_per_group"),
         (lambda: ToleranceConfig(max_bad_fraction=1.1), "tolerance.max_bad_fraction"),
+        (lambda: ToleranceConfig(allowed_bad_files=-1), "tolerance.allowed_bad_files"),
         (lambda: PrepareConfig(output=""), "output"),
         (
             lambda: PrepareConfig(clip=ClipConfig(num_frames=81, height=480, width=832)),

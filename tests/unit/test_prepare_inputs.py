@@ -1,16 +1,19 @@
 """What a folder holds: captions, refusals, duplicates, and the dealing of files to shards."""
 
+import hashlib
 import json
 import os
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raydistill.artifacts import fingerprint
 from raydistill.errors import InvalidValue, MediaError, MissingArtifact
 from raydistill.world.folder import list_sources, read_caption, read_captions_file
-from raydistill.world.inputs import Input, deal, examine, mark_duplicates, require_unchanged
+from raydistill.world.inputs import Input, deal, examine, inputs_identity, mark_duplicates, require_unchanged
 
 
 def put(folder, **files):
@@ -155,19 +158,44 @@ names = st.lists(st.integers(0, 999), unique=True, max_size=30)
 
 
 @given(names, st.integers(1, 7), st.randoms(use_true_random=False))
-def test_dealing_depends_on_contents_alone(numbers, size, rng: random.Random):
+def test_dealing_follows_contents_not_names_and_order(numbers, size, rng: random.Random):
     inputs = [Input(f"{n}.mp4", 1, 1, sha256=f"{n:064x}", caption="c") for n in numbers]
     moved = [Input(f"other/{i.uri}", 1, 2, i.sha256, i.caption) for i in rng.sample(inputs, len(inputs))]
     shards, again = deal(inputs, size), deal(moved, size)
-    assert [s.name for s in shards] == [s.name for s in again]
+    assert [[i.sha256 for i in s.inputs] for s in shards] == [[i.sha256 for i in s.inputs] for s in again]
     assert [i.sha256 for s in shards for i in s.inputs] == sorted(i.sha256 for i in inputs)
-    assert all(len(s.inputs) == size for s in shards[:-1])
+    assert all(1 <= len(s.inputs) <= size for s in shards)
+    assert [s.order for s in shards] == list(range(len(shards)))
+    assert [s.name for s in shards] == [s.name for s in deal(rng.sample(inputs, len(inputs)), size)]
 
 
-def test_another_caption_or_content_makes_another_shard():
+def hashed(number: int) -> Input:
+    return Input(f"{number}.mp4", 1, 1, hashlib.sha256(str(number).encode()).hexdigest(), "c")
+
+
+def test_another_file_leaves_most_shards_alone():
+    inputs, changed = [hashed(n) for n in range(400)], []
+    before = {s.name for s in deal(inputs, 8)}
+    for number in range(400, 440):
+        after = {s.name for s in deal([*inputs, hashed(number)], 8)}
+        changed.append(len(after - before))
+    assert 50 <= len(before) < 110
+    assert sum(changed) / len(changed) < 3
+
+
+@pytest.mark.parametrize("change", [{"uri": "b"}, {"sha256": "1" * 64}, {"caption": "a dog"}])
+def test_another_name_caption_or_content_makes_another_shard_and_artifact(change):
     base = Input("a", 1, 1, "0" * 64, "a cat")
-    changed = [Input("a", 1, 1, "0" * 64, "a dog"), Input("a", 1, 1, "1" * 64, "a cat")]
-    assert len({deal([i], 4)[0].name for i in (base, *changed)}) == 3
+    other = replace(base, **change)
+    assert deal([base], 4)[0].name != deal([other], 4)[0].name
+    assert inputs_identity([base]) != inputs_identity([other])
+
+
+def test_the_artifact_knows_what_was_left_out_too():
+    kept, bad = Input("a", 1, 1, "0" * 64, "a cat"), Input("b", 0, 1, reason="policy")
+    prints = [fingerprint(inputs_identity(found)) for found in ([kept], [kept, bad], [bad, kept])]
+    assert prints[0] != prints[1] == prints[2]
+    assert inputs_identity([replace(kept, mtime_ns=2)]) == inputs_identity([kept])
 
 
 def test_settled_files_are_not_dealt():

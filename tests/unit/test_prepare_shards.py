@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from raydistill.artifacts import LatentStore
-from raydistill.errors import PrepareError
+from raydistill.errors import PrepareError, disk_full_explained
 from raydistill.latents.shards import (
-    disk_full_explained,
+    adopt_shard,
     finished_shard,
     latent_row,
     write_artifact,
@@ -66,10 +66,49 @@ def test_an_empty_shard_counts(tmp_path):
     assert len(LatentStore(tmp_path)) == 3
 
 
+LIMITS = {"deadline_s": 2.0, "memory_gib": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("reason", "limits", "kept"),
+    [
+        ("timeout", {}, True),
+        ("timeout", {"deadline_s": 1.0}, True),
+        ("timeout", {"deadline_s": 3.0}, False),
+        ("oom", {"memory_gib": 5.0}, False),
+        ("crash", {"memory_gib": 5.0}, False),
+        ("truncated", {"deadline_s": 3.0, "memory_gib": 5.0}, True),
+        ("changed", {}, False),
+    ],
+)
+def test_files_that_may_fare_better_get_another_try(tmp_path, reason, limits, kept):
+    facts = {"files": [["a", "sha", "clip", ""], ["b", "sha", "quarantined", reason]], "tried_with": LIMITS}
+    write_shard(tmp_path, "s", rows(), IDENTITY, facts=facts)
+    assert bool(finished_shard(tmp_path, "s", IDENTITY, {**LIMITS, **limits})) == kept
+
+
+def test_a_finished_shard_is_shared_with_other_inputs(tmp_path):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    write_quarantine(theirs, "s", [{"uri": "a.mp4", "reason": "truncated"}])
+    written = write_shard(theirs, "s", rows(), IDENTITY)
+    assert adopt_shard(ours, "t", IDENTITY, LIMITS, [theirs]) is None
+    assert adopt_shard(ours, "s", {"other": 1}, LIMITS, [theirs]) is None
+    assert not ours.exists()
+    assert adopt_shard(ours, "s", IDENTITY, LIMITS, [ours, theirs]) == written
+    assert finished_shard(ours, "s", IDENTITY) == written
+    assert (ours / "s.parquet").samefile(theirs / "s.parquet")
+    assert (ours / "quarantine" / "s.jsonl").samefile(theirs / "quarantine" / "s.jsonl")
+    write_quarantine(ours, "s", [])
+    write_shard(ours, "s", rows(5), IDENTITY)
+    assert finished_shard(theirs, "s", IDENTITY) == written  # what is written again is no longer shared
+    written.verify(theirs)
+    assert (theirs / "quarantine" / "s.jsonl").exists()
+
+
 WRITE_WITH_LITTLE_ROOM = """
 import resource, signal, sys
 import numpy as np
-from raydistill.errors import PrepareError
+from raydistill.errors import PrepareError, disk_full_explained
 from raydistill.latents.shards import latent_row, write_shard
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 rows = [latent_row(np.zeros((4, 16, 4, 4)), np.zeros((8, 32)), "c", "s") for _ in range(20)]

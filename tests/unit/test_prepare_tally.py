@@ -42,6 +42,14 @@ def test_the_share_of_bad_files_is_limited():
         tally.add([("quarantined", "timeout")])
 
 
+@pytest.mark.parametrize(("inputs", "fine"), [(1, 1), (19, 1), (40, 2), (100, 5)])
+def test_a_few_bad_files_stop_nothing_however_few_there_are(inputs, fine):
+    tally = Tally(inputs, max_bad_fraction=0.05, allowed_bad_files=1)
+    tally.add([("quarantined", "timeout")] * fine)
+    with pytest.raises(PrepareError, match="are bad, more than"):
+        tally.add([("quarantined", "timeout")])
+
+
 def test_bad_files_in_a_row_are_limited_across_shards():
     tally = Tally(1000, max_bad_in_a_row=4)
     tally.add([("quarantined", "oom")] * 3 + [("clip", "")] + [("quarantined", "oom")] * 2)
@@ -53,6 +61,8 @@ def test_bad_files_in_a_row_are_limited_across_shards():
 def test_shards_are_added_by_their_facts():
     tally = Tally(2)
     files = [["a", "sha", "clip", ""], ["b", "sha", "filtered", "too_short"]]
-    tally.add_shard({"files": files, "clips": 3, "video_s": 6.0})
+    tally.add_shard({"files": files, "clips": 3, "video_s": 6.0, "fallbacks": 1})
     assert tally.summary().splitlines()[0] == "2 files = 1 kept + 1 filtered + 0 quarantined"
     assert tally.counts()["video_s"] == 6.0
+    assert tally.counts()["fallbacks"] == 1
+    assert "1 files read by PyAV where decord failed" in tally.summary()
