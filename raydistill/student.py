@@ -1,7 +1,8 @@
 """The distilled student on disk: weights, how to sample with them, and what they were made from.
 
 A folder: `semantic/` (diffusers' own layout), `detail.safetensors` (what the detail expert adds) or `detail/`
-(a whole second network), and `student.json`, written last, with the sha256 of every other file.
+(a whole second network), and `student.json`, written last, with the sha256 of every other file and of
+itself.
 """
 
 import json
@@ -13,10 +14,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from raydistill.artifacts import tree_digest, tree_files, write_json
+from raydistill.artifacts import fingerprint, tree_digest, tree_files, write_json
 from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
 from raydistill.consistency.solver import guided
-from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact
+from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact, UnknownKey
 from raydistill.models.expert import add_detail, load_own_state, merge_lora, own_state
 from raydistill.models.protocols import VelocityField
 from raydistill.models.wan import WanField, load_teacher
@@ -95,37 +96,55 @@ def save_student(
         detail.transformer.save_pretrained(folder / "detail", safe_serialization=True)
     elif detail is not None:
         save_file({k: v.contiguous() for k, v in own_state(detail).items()}, folder / "detail.safetensors")
-    card_values = {
+    values = {
         "version": VERSION,
         **asdict(card),
         "plans": {str(n): p.to_dict() for n, p in plans.items()},
         "sha256": tree_files(folder),
     }
-    write_json(folder / CARD, card_values)
+    write_json(folder / CARD, {**values, "checksum": fingerprint(values)})
 
 
 def read_card(folder: Path) -> tuple[Card, dict[str, SamplingPlan]]:
     """Read and check a student's card; returns it with the stored plans.
 
-    Raises MissingArtifact, StaleArtifact (another version) or CorruptArtifact (a file differs from its hash).
+    Raises MissingArtifact, StaleArtifact (another release's card) or CorruptArtifact (the card differs from
+    its own checksum, or a file from its hash).
     """
-    if not (folder / CARD).is_file():
-        raise MissingArtifact(f"no student at {folder}: {CARD} is missing; jobs/distill.py writes it last")
-    values = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    if values.pop("version", None) != VERSION:
-        raise StaleArtifact(f"{folder / CARD} is not of version {VERSION}: distil again with this release")
-    promised, found = values.pop("sha256"), tree_files(folder)
+    values = _read_values(folder / CARD)
+    promised, found = values.pop("sha256", {}), tree_files(folder)
     wrong = sorted(name for name, digest in promised.items() if found.get(name) != digest)
     if wrong:
         raise CorruptArtifact(
             f"{folder}: {', '.join(wrong)} differ from what {CARD} says: copy the student again"
         )
-    plans = {n: SamplingPlan.from_dict(plan) for n, plan in values.pop("plans").items()}
-    for name in ("latent_shape", "text_shape"):
-        values[name] = tuple(values[name])
-    values["lora"] = tuple(values["lora"]) if values["lora"] else None
-    values["grid"] = TimeGrid(**values["grid"])
-    return Card(**values), plans
+    try:
+        plans = {name: SamplingPlan.from_dict(plan) for name, plan in values.pop("plans").items()}
+        for name in ("latent_shape", "text_shape"):
+            values[name] = tuple(values[name])
+        values["lora"] = tuple(values["lora"]) if values["lora"] else None
+        values["grid"] = TimeGrid(**values["grid"])
+        return Card(**values), plans
+    except (TypeError, KeyError, AttributeError, UnknownKey) as other:
+        raise StaleArtifact(f"{folder / CARD} is of another release ({other}): distil again") from other
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """Read a card's JSON and compare it with its own checksum."""
+    if not path.is_file():
+        raise MissingArtifact(
+            f"no student at {path.parent}: {CARD} is missing; jobs/distill.py writes it last"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+        version, checksum = values.pop("version", None), values.pop("checksum", None)
+    except (ValueError, AttributeError, TypeError) as broken:
+        raise CorruptArtifact(f"{path} is not a whole card: {broken}: copy the student again") from broken
+    if version != VERSION:
+        raise StaleArtifact(f"{path} is not of version {VERSION}: distil again with this release")
+    if checksum != fingerprint({"version": version, **values}):
+        raise CorruptArtifact(f"{path} differs from its own checksum: copy the student again")
+    return values
 
 
 def load_student(path: str | Path, teacher: str | Path | None = None, *, merged: bool = True) -> Student:

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
+from raydistill.artifacts import fingerprint
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact
 from raydistill.models.expert import add_detail
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.sampler import build_plan, keyed_noise, sample, with_tail
-from raydistill.student import Card, load_student, save_student
+from raydistill.student import Card, load_student, read_card, save_student
 
 GRID = TimeGrid(10)
 
@@ -112,9 +113,47 @@ def test_a_changed_file_a_missing_card_and_another_teacher_are_refused(tmp_path)
         load_student(tmp_path / "b", tmp_path / "teacher")
 
 
-def test_a_student_of_another_version_is_refused(tmp_path):
+def _rewrite(card, **changes):
+    """Change a card and give it a right checksum, as another program would."""
+    values = {**json.loads(card.read_text()), **changes}
+    del values["checksum"]
+    card.write_text(json.dumps({**values, "checksum": fingerprint(values)}))
+
+
+def test_a_student_of_another_release_is_refused(tmp_path):
     _save(tmp_path)
-    card = json.loads((tmp_path / "student.json").read_text())
-    (tmp_path / "student.json").write_text(json.dumps({**card, "version": 99}))
-    with pytest.raises(StaleArtifact, match="version"):
+    card = tmp_path / "student.json"
+    plans = json.loads(card.read_text())["plans"]
+    _rewrite(card, version=99)
+    with pytest.raises(StaleArtifact, match="not of version 1"):
         load_student(tmp_path)
+    _rewrite(card, version=1, colour="blue")
+    with pytest.raises(StaleArtifact, match=r"another release.*colour"):
+        load_student(tmp_path)
+    _save(tmp_path)
+    _rewrite(card, plans={"4": {**plans["4"], "colour": "blue"}})
+    with pytest.raises(StaleArtifact, match=r"another release.*colour"):
+        load_student(tmp_path)
+    _save(tmp_path)
+    _rewrite(card, plans=plans)
+    assert load_student(tmp_path).plan(4)
+
+
+def test_a_changed_or_cut_card_is_refused(tmp_path):
+    _save(tmp_path)
+    card = tmp_path / "student.json"
+    text = card.read_text()
+    for right, wrong in (('"boundary": 0.6', '"boundary": 0.7'), ('"t": 0.8', '"t": 0.9')):
+        assert right in text
+        card.write_text(text.replace(right, wrong))
+        with pytest.raises(CorruptArtifact, match="its own checksum"):
+            read_card(tmp_path)
+    for end in (0, 1, len(text) // 2, len(text) - 3):
+        card.write_text(text[:end])
+        with pytest.raises(CorruptArtifact, match="not a whole card"):
+            read_card(tmp_path)
+    card.write_text("[]")
+    with pytest.raises(CorruptArtifact, match="not a whole card"):
+        read_card(tmp_path)
+    card.write_text(text)
+    read_card(tmp_path)
