@@ -101,13 +101,15 @@ class CriticConfig:
     )
     """Its own optimizer (DCM: 1e-5, betas 0 and 0.999)."""
     channels: int = 64
-    """Width of each head (DCM: 1024)."""
+    """Width of each head (DCM: 1024): even, above 64 a multiple of 32, for its normalisation's groups."""
     stride: int = 2
     """Every how many transformer blocks a feature map is taken."""
 
     def __post_init__(self):
         """Check ranges."""
-        _at_least("critic.channels", self.channels, 1)
+        _at_least("critic.channels", self.channels, 2)
+        if self.channels % (2 if self.channels <= 64 else 32):
+            raise InvalidValue("critic.channels", self.channels, "even, and above 64 a multiple of 32")
         _at_least("critic.stride", self.stride, 1)
 
 
@@ -171,11 +173,14 @@ class EngineConfig:
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     """`torch` is the plain reference: same numbers, no sharding, every worker holds everything."""
     zero_stage: int = 2
-    """What ZeRO shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    """What ZeRO shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights. Of the
+    student and the critic, that is: the teacher, the target and the moving averages of trained weights, in
+    float32, are whole on every worker at any stage."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory. Needs zero_stage >= 1."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of forward and backward; the optimizer keeps float32 master weights either way."""
+    """Of forward and backward of every network; master weights, moving averages and the exported student are
+    float32 either way."""
     activation_checkpointing: bool = False
     """Recompute the student's activations in the backward pass: less memory, about a third more time."""
     extra: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -9,6 +9,7 @@ Conventions, once for all of raydistill:
 * Guidance is uncond + w (cond - uncond), w = 1 is off. DCM's code writes cond + w (cond - uncond): its w is
   ours minus 1.
 * Times are float64 tensors of shape (b,), one per sample; only coefficients are cast to the latents' dtype.
+  They may stay on the CPU while the latents are on another device: `over` brings coefficients there.
 """
 
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ T = TypeVar("T", float, Tensor)
 
 
 def over(coefficient: Times, x: Latents) -> Float[Tensor, "b 1 1 1 1"]:
-    """Shape one number per sample to multiply latents, in their dtype."""
-    return coefficient.to(x.dtype).view(-1, 1, 1, 1, 1)
+    """Shape one number per sample to multiply latents, in their dtype and on their device."""
+    return coefficient.to(x).view(-1, 1, 1, 1, 1)
 
 
 def shift(t: T, by: float) -> T:

@@ -1,8 +1,8 @@
 """Where on the path a student struggles: DCM's figures 2 and 10 for any teacher, and a boundary from them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from raydistill import draws
 from raydistill.config.distill import DistillConfig, EngineConfig, ObjectiveConfig, ScaleConfig
 from raydistill.consistency.schedule import TimeGrid
+from raydistill.errors import InvalidValue
 from raydistill.experts.loop import distill
 from raydistill.experts.semantic import Segment, consistency_pair, consistency_terms
 from raydistill.experts.stages import Stage, build_stage
@@ -55,8 +56,10 @@ def propose_boundary(grid: TimeGrid, change_times: list[float], change: list[flo
     """Return the node that best cuts log(change) into two levels, by least squares.
 
     DCM reads its boundary off the same curve by eye: where successive predictions stop moving much. Each side
-    must hold a tenth of the nodes.
+    must hold a tenth of the nodes. Raises InvalidValue for a grid too coarse to be cut.
     """
+    if len(change) < 3:
+        raise InvalidValue("grid.num_intervals", grid.num_intervals, "at least 4, to look for a boundary")
     logs = np.log(np.maximum(change, 1e-12))
     least = max(1, len(logs) // 10)
     cuts = range(least, len(logs) - least)
@@ -65,18 +68,28 @@ def propose_boundary(grid: TimeGrid, change_times: list[float], change: list[flo
 
 
 def probe(
-    stage: Stage, batch: Batch, nodes: list[int], objective: ObjectiveConfig
+    stage: Stage, batches: Sequence[Batch], nodes: list[int], objective: ObjectiveConfig
 ) -> tuple[list[float], list[float]]:
-    """Consistency loss and its gradient's norm at each node, on the same samples and noise (DCM, fig. 2)."""
+    """Consistency loss and its gradient's norm at each node, on the same samples and noise (DCM, fig. 2).
+
+    The batches are of one size; what is given is of all of them together.
+    """
     losses, norms = [], []
     weights = [p for p in stage.student.parameters() if p.requires_grad]
     segment = stage.segment
     for node in nodes:
         here = _AtNode(segment.schedule, segment.grid, segment.upper, segment.lower, segment.seed, node)
-        term = consistency_terms(consistency_pair(stage.nets, here, batch), objective)["consistency"]
-        gradients = torch.autograd.grad(term.value.mean(), weights, allow_unused=True)
-        losses.append(float(term.value.detach().mean()))
-        norms.append(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()))
+        loss, total = 0.0, [torch.zeros_like(p, dtype=torch.float32) for p in weights]
+        for batch in batches:
+            term = consistency_terms(consistency_pair(stage.nets, here, batch), objective)["consistency"]
+            mean = term.value.mean() / len(batches)
+            loss += float(mean.detach())
+            gradients = torch.autograd.grad(mean, weights, allow_unused=True)
+            for added, gradient in zip(total, gradients, strict=True):
+                if gradient is not None:
+                    added.add_(gradient)
+        losses.append(loss)
+        norms.append(float(torch.stack([g.norm() for g in total]).norm()))
     return losses, norms
 
 
@@ -88,28 +101,23 @@ def analyse(
 ) -> dict[str, Any]:
     """Train one plain student over the whole range, `semantic.num_steps` / 4 steps; watch it by noise level.
 
-    `read(i)` gives latents and text of row i. Returns plain lists, see
-    `evaluation.analysis_plots.draw_analysis`.
+    `read(i)` gives latents and text of row i. Runs in this process, on its GPU if scale.use_gpu says so.
+    Returns plain lists, see `evaluation.analysis_plots.draw_analysis`. Raises InvalidValue for a grid too
+    coarse, or where there is no GPU.
     """
-    num_steps = max(PROBES, config.semantic.num_steps // 4)
-    semantic = replace(config.semantic, num_steps=num_steps, micro_batch=config.semantic.global_batch)
-    single = replace(
-        config,
-        experts="single",
-        semantic=semantic,
-        engine=EngineConfig(backend="torch"),
-        scale=ScaleConfig(num_workers=1),
-    )
-    fixed = _batch(read, num_rows, range(config.semantic.global_batch))
-    teacher = load_teacher(config.teacher)
-    stage = build_stage(single, "semantic", teacher, None, fixed.latents[:1], fixed.text[:1])
+    device = _device(config)
+    single = _alone(config)
+    objective = replace(single.semantic.objective, temporal_coherence=0.0)
+    rows = _Rows(read, num_rows, single.semantic.micro_batch, device)
+    fixed = list(islice(rows.batches(), config.semantic.global_batch // single.semantic.micro_batch))
+    teacher = load_teacher(config.teacher).to(device)
+    stage = build_stage(single, "semantic", teacher, None, fixed[0].latents[:1], fixed[0].text[:1])
     grid = stage.segment.grid
-    nodes = [round(i * (grid.num_intervals - 1) / (PROBED_NODES - 1)) for i in range(PROBED_NODES)]
-    objective = replace(semantic.objective, temporal_coherence=0.0)
-    noise = draws.noise(config.seed, fixed.index, "analysis", tuple(fixed.latents.shape[1:]))
-    change_times, change = change_of_x0(stage.nets.teacher, grid, noise, fixed.text)
-    every = max(1, num_steps // PROBES)
+    nodes = sorted({round(i * (grid.num_intervals - 1) / (PROBED_NODES - 1)) for i in range(PROBED_NODES)})
+    change_times, change = _mean_change(stage, fixed, config.seed)
+    boundary = propose_boundary(grid, change_times, change)  # before training, as it may refuse the grid
     steps, losses, norms = [], [], []
+    num_steps = single.semantic.num_steps
 
     def look(step: int) -> None:
         loss, norm = probe(stage, fixed, nodes, objective)
@@ -119,23 +127,57 @@ def analyse(
         report(f"analysis: step {step} of {num_steps}")
 
     look(0)
-    batches = _batches(read, num_rows, config.semantic.global_batch)
-    distill(stage, batches, report_every=num_steps, save_every=every, report=lambda *_: None, save=look)
-    boundary = propose_boundary(grid, change_times, change)
+    every = {"report_every": num_steps, "save_every": max(1, num_steps // PROBES)}
+    distill(stage, rows.batches(), **every, report=lambda *_: None, save=look)
     result: dict[str, Any] = {"times": [float(grid.times[n]) for n in nodes], "steps": steps, "loss": losses}
     result |= {"gradient": norms, "change_times": change_times, "change": change, "boundary": boundary}
-    return result | {"in_use": config.boundary, "title": f"{config.teacher}, {len(fixed.index)} samples"}
+    title = f"{config.teacher}, {config.semantic.global_batch} samples"
+    return result | {"in_use": config.boundary, "title": title}
 
 
-def _batch(read: Callable[[int], tuple[Tensor, Tensor]], num_rows: int, indices: range) -> Batch:
-    rows = [read(i % num_rows) for i in indices]
-    return Batch(
-        torch.tensor(list(indices)), torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
+def _alone(config: DistillConfig) -> DistillConfig:
+    """Return the settings of a short run of one plain student in this process."""
+    num_steps = max(PROBES, config.semantic.num_steps // 4)
+    warmup = min(config.semantic.optimizer.warmup_steps, num_steps)
+    optimizer = replace(config.semantic.optimizer, warmup_steps=warmup)
+    precision, less_memory = config.engine.precision, config.engine.activation_checkpointing
+    return replace(
+        config,
+        experts="single",
+        semantic=replace(config.semantic, num_steps=num_steps, optimizer=optimizer),
+        engine=EngineConfig(backend="torch", precision=precision, activation_checkpointing=less_memory),
+        scale=ScaleConfig(num_workers=1),
     )
 
 
-def _batches(read: Callable[[int], tuple[Tensor, Tensor]], num_rows: int, size: int) -> Iterator[Batch]:
-    start = 0
-    while True:
-        yield _batch(read, num_rows, range(start, start + size))
-        start += size
+def _device(config: DistillConfig) -> torch.device:
+    if config.scale.use_gpu and not torch.cuda.is_available():
+        raise InvalidValue("scale.use_gpu", True, "needs a GPU where --analyse runs; false takes the CPU")
+    return torch.device("cuda" if config.scale.use_gpu else "cpu")
+
+
+def _mean_change(stage: Stage, batches: Sequence[Batch], seed: int) -> tuple[list[float], list[float]]:
+    """Return `change_of_x0` over several batches of one size."""
+    times, changes = [], []
+    for batch in batches:
+        noise = draws.noise(seed, batch.index, "analysis", tuple(batch.latents.shape[1:])).to(batch.latents)
+        times, change = change_of_x0(stage.nets.teacher, stage.segment.grid, noise, batch.text)
+        changes.append(change)
+    return times, np.mean(changes, axis=0).tolist()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The data in order, again and again, in batches on a device."""
+
+    read: Callable[[int], tuple[Tensor, Tensor]]
+    num_rows: int
+    size: int
+    device: torch.device
+
+    def batches(self) -> Iterator[Batch]:
+        for start in count(0, self.size):
+            index = range(start, start + self.size)
+            pairs = zip(*(self.read(i % self.num_rows) for i in index), strict=True)
+            latents, text = (torch.stack(values).to(self.device) for values in pairs)
+            yield Batch(torch.tensor(list(index)), latents, text)

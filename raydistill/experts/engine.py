@@ -16,17 +16,18 @@ student's turn).
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from raydistill.config.distill import EngineConfig, OptimizerConfig
+from raydistill.errors import DistillError
 from raydistill.experts.parts import KINDS, Parts, save_parts
 from raydistill.experts.plain_engine import (
     TorchEngine,
@@ -41,7 +42,7 @@ class Engine(Protocol):
     """A trainable network, its optimizer, its share of the machines. All ranks call every method."""
 
     module: nn.Module
-    """For forward passes. Its trainable parameters may be shards outside `gathered`."""
+    """For forward passes. Its parameters may be shards; `masters` gives whole ones."""
     trainable_parameters: dict[str, nn.Parameter]
     """By name, in a fixed order."""
     dtype: torch.dtype
@@ -64,8 +65,8 @@ class Engine(Protocol):
         """Close a micro-batch; clip and update at the end of a round. True if an optimizer step happened."""
         ...
 
-    def gathered(self, parameters: Iterable[nn.Parameter] | None = None) -> Any:
-        """Context in which these parameters (default: all of the module's) are whole, for reading."""
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, whole float32 parameter) one by one, on their device; for reading, one at a time."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -95,8 +96,9 @@ def build_engine(
 ) -> Engine:
     """Take a module with its final requires_grad flags into an engine.
 
-    `num_steps` is the length of the learning-rate curve. With ZeRO 3 the module's parameters become shards,
-    and in bf16 they are cast: copy averages and targets before.
+    `num_steps` is the length of the learning-rate curve. The engine works where the module is. With ZeRO 3
+    the module's parameters become shards, and in bf16 they are cast: copy averages and targets before.
+    Raises DistillError if DeepSpeed of this process is set up for another kind of device.
     """
     if config.backend == "torch":
         lengths = {"num_steps": num_steps, "accumulation": accumulation}
@@ -105,7 +107,12 @@ def build_engine(
 
 
 def deepspeed_config(
-    config: EngineConfig, optimizer: OptimizerConfig, *, accumulation: int, num_weights: int
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    *,
+    accumulation: int,
+    num_weights: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Return DeepSpeed's own JSON; `config.extra` is merged in last, section by section."""
     bucket = min(
@@ -118,7 +125,7 @@ def deepspeed_config(
         "overlap_comm": False,
     }
     if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # a name only: batches are the loop's business
         "gradient_accumulation_steps": accumulation,
@@ -146,10 +153,11 @@ class DeepSpeedEngine:
         num_steps: int,
         accumulation: int,
     ):
-        self._deepspeed = load_deepspeed()
-        join_process_group()
         self.module = module
         self.trainable_parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        device = next(iter(self.trainable_parameters.values())).device
+        self._deepspeed = load_deepspeed(device)
+        join_process_group(device)
         self._shapes = {n: p.shape for n, p in self.trainable_parameters.items()}
         self.steps = 0
         self.grad_norm: float | None = None
@@ -157,7 +165,8 @@ class DeepSpeedEngine:
         self._stage = config.zero_stage
         self._adamw = build_adamw(self.trainable_parameters.values(), optimizer)
         num_weights = sum(p.numel() for p in self.trainable_parameters.values())
-        json = deepspeed_config(config, optimizer, accumulation=accumulation, num_weights=num_weights)
+        sizes = {"accumulation": accumulation, "num_weights": num_weights}
+        json = deepspeed_config(config, optimizer, device=device, **sizes)
         with redirect_stdout(StringIO()):  # some stages print their memory whatever the log level
             self._engine, *_ = self._deepspeed.initialize(
                 model=module,
@@ -201,22 +210,15 @@ class DeepSpeedEngine:
             )
         return last
 
-    @contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
-        """Bring shards together for reading; does nothing below ZeRO 3."""
-        if self._stage < 3:
-            yield
-            return
-        chosen = list(self.module.parameters() if parameters is None else parameters)
-        with self._deepspeed.zero.GatheredParameters(chosen):
-            yield
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the trainable parameters whole and in float32; only one is ever gathered."""
+        whole = self._stage < 3 and self.dtype == torch.float32  # the module's own are the same numbers
+        for name, parameter in self.trainable_parameters.items():
+            yield name, (parameter if whole else self._read(parameter, KINDS[0])).detach()
 
     def weights(self) -> dict[str, Tensor]:
         """Return whole float32 copies of the trainable parameters, on the CPU of every rank."""
-        names = self.trainable_parameters
-        return {
-            n: self._read(p, KINDS[0]).detach().to("cpu", torch.float32, copy=True) for n, p in names.items()
-        }
+        return {n: m.to("cpu", torch.float32, copy=True) for n, m in self.masters()}
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer states, each rank its share."""
@@ -295,35 +297,41 @@ class DeepSpeedEngine:
         return [flat for group in self._adamw.param_groups for flat in group["params"]]
 
 
-def load_deepspeed() -> Any:
-    """Import DeepSpeed, quietly, and on CPU without its shared-memory all-reduce.
+def load_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for this device, quietly, and on CPU without its shared-memory all-reduce.
 
-    That operator leaves 66 MiB per rank in /dev/shm even after a clean exit, and needs a compiler.
+    That operator leaves 66 MiB per rank in /dev/shm even after a clean exit, and needs a compiler. A worker
+    may train on the CPU of a machine that has a GPU, so DeepSpeed is told and not left to look. Raises
+    DistillError if it was told otherwise before.
     """
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its imports touch what torch deprecates
         import deepspeed
         import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
 
+    if (found := cast(Any, get_accelerator()).device_name()) != device.type:
+        raise DistillError(
+            f"DeepSpeed works on '{found}' in this process, but the model is on '{device.type}': "
+            "unset DS_ACCELERATOR, or set scale.use_gpu to match"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its calls of collectives that torch renames are none of the user's business.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if on_cpu:
+    if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def join_process_group() -> None:
+def join_process_group(device: torch.device) -> None:
     """Join the workers' process group, or make one of this process alone; DeepSpeed takes it over."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, **alone)
-    os.environ.setdefault("LOCAL_RANK", "0")  # read by DeepSpeed even now
-    load_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # read by DeepSpeed even now
+    load_deepspeed(device).init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def _merged(ours: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The engine in plain torch: what DeepSpeed has to agree with, and all that one worker needs."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,7 +58,7 @@ class TorchEngine:
         accumulation: int,
         precision: str = "fp32",
     ):
-        self.module = module if precision == "fp32" else _cast_parameters(module, torch.bfloat16)
+        self.module = module if precision == "fp32" else cast_parameters(module, torch.bfloat16)
         self.trainable_parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.dtype = next(iter(self.trainable_parameters.values())).dtype
         self.steps = 0
@@ -103,14 +102,13 @@ class TorchEngine:
         self.steps += 1
         return True
 
-    @contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
-        """Do nothing: every rank holds everything."""
-        yield
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the trainable parameters in float32: every rank holds everything."""
+        yield from ((n, m.detach()) for n, m in self._masters.items())
 
     def weights(self) -> dict[str, Tensor]:
         """Return float32 copies of the trainable parameters on the CPU."""
-        return {n: m.detach().to("cpu", copy=True) for n, m in self._masters.items()}
+        return {n: m.to("cpu", copy=True) for n, m in self.masters()}
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer states, each rank its share."""
@@ -160,8 +158,8 @@ class TorchEngine:
                     yield f"{key}/{name}", self._optimizer.state[master][key]
 
 
-def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast parameters alone: position tables and other buffers lose too much (Wan's rotary tables: 2e-2)."""
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast parameters in place, and nothing else: Wan's rotary tables, which are buffers, would lose 2e-2."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module

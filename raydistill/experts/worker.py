@@ -13,7 +13,7 @@ from raydistill.experts import checkpoint
 from raydistill.experts.launch import Worker
 from raydistill.experts.loop import distill
 from raydistill.experts.parts import Parts
-from raydistill.experts.stages import build_stage, build_student
+from raydistill.experts.stages import Stage, build_stage, build_student
 from raydistill.experts.tracking import Tracker
 from raydistill.models.wan import WanField, load_teacher
 from raydistill.types import Batch
@@ -68,10 +68,7 @@ def train(worker: Worker) -> None:
     """Train `worker.stage` to its end; given to `launch`, which calls it in every worker process."""
     run: Run = worker.config
     config = run.config
-    teacher = load_teacher(config.teacher).to(worker.device)
-    semantic = load_result(config, run.semantic, teacher) if run.semantic else None
-    latents, text = (x.to(worker.device) for x in run.example)
-    stage = build_stage(config, worker.stage, teacher, semantic, latents, text)
+    stage = _build(run, worker)
     state = checkpoint.TrainState(stage=worker.stage, step=0, settings=run.settings, plan=run.plan)
     if worker.resume_from is not None:
         files = {AVERAGES: stage.load_averages}
@@ -95,6 +92,14 @@ def train(worker: Worker) -> None:
         if tracker is not None:
             tracker.close()
         stage.close()
+
+
+def _build(run: Run, worker: Worker) -> Stage:
+    """Load the networks of `worker.stage` onto the worker's device and give them their roles."""
+    teacher = load_teacher(run.config.teacher).to(worker.device)
+    semantic = load_result(run.config, run.semantic, teacher) if run.semantic else None
+    latents, text = (x.to(worker.device) for x in run.example)
+    return build_stage(run.config, worker.stage, teacher, semantic, latents, text)
 
 
 def on_device(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:

@@ -1,16 +1,17 @@
 """`WanTransformer3DModel` as a velocity field; the only place of Wan's 0..1000 `timestep`."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from raydistill.errors import MissingArtifact
+from raydistill.errors import MissingArtifact, StaleArtifact
 from raydistill.types import Latents, Text, Times
 
 
@@ -34,11 +35,14 @@ class WanField(nn.Module):
         return len(self.transformer.blocks)
 
     def forward(self, x_t: Latents, t: Times, text: Text) -> Latents:
-        """Predict the velocity in x_t's dtype; t in [0, 1] becomes Wan's unrounded timestep 1000 t."""
-        dtype = (
-            self.transformer.patch_embedding.weight.dtype
-        )  # `.dtype` walks all modules: a tenth of a small pass
-        velocity = self.transformer(x_t.to(dtype), 1000 * t.float(), text.to(dtype), return_dict=False)[0]
+        """Predict the velocity in x_t's dtype; t in [0, 1] becomes Wan's unrounded timestep 1000 t.
+
+        The times may be on the CPU; latents and text are where the network is, in any dtype.
+        """
+        # `.dtype` of a model walks all its modules: a tenth of a small pass.
+        dtype = self.transformer.patch_embedding.weight.dtype
+        timestep = 1000 * t.to(x_t.device, torch.float32)
+        velocity = self.transformer(x_t.to(dtype), timestep, text.to(dtype), return_dict=False)[0]
         return velocity.to(x_t.dtype)
 
     def features(
@@ -128,10 +132,48 @@ def _start_as_identity(net: WanTransformer3DModel) -> None:
 
 
 def load_teacher(path: str | Path) -> WanField:
-    """Load a folder of `save_pretrained`, safetensors only; raises MissingArtifact when there is none."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise MissingArtifact(
-            f"no teacher at {folder}: expected the folder of a diffusers WanTransformer3DModel"
-        )
+    """Load a folder of `save_pretrained` in float32, safetensors only; raises as `read_teacher_config`."""
+    folder = _folder(path)
     return WanField(WanTransformer3DModel.from_pretrained(folder, use_safetensors=True)).eval()
+
+
+def read_teacher_config(path: str | Path) -> Mapping[str, Any]:
+    """Return a teacher's sizes without its weights, defaults included.
+
+    Raises MissingArtifact unless the folder holds a diffusers WanTransformer3DModel.
+    """
+    with torch.device("meta"):
+        sizes = cast(dict[str, Any], WanTransformer3DModel.load_config(_folder(path)))
+        return cast(WanTransformer3DModel, WanTransformer3DModel.from_config(sizes)).config
+
+
+def require_fit(path: str | Path, latent_shape: Sequence[int], text_shape: Sequence[int]) -> None:
+    """Compare one sample's latents (c, f, h, w) and text (l, d) with what a teacher takes.
+
+    Raises StaleArtifact for other channels, another width of text, or sizes that its patches do not divide.
+    """
+    net = read_teacher_config(path)
+    if (net["in_channels"], net["text_dim"]) != (latent_shape[0], text_shape[-1]):
+        raise StaleArtifact(
+            f"{path} takes {net['in_channels']} latent channels, text of width {net['text_dim']}; the data "
+            f"has {latent_shape[0]} and {text_shape[-1]}: prepare with the teacher's own codec"
+        )
+    patch = tuple(net["patch_size"])
+    if any(size % step for size, step in zip(latent_shape[1:], patch, strict=True)):
+        raise StaleArtifact(
+            f"latents of (frames, height, width) {tuple(latent_shape[1:])} do not divide into the teacher's "
+            f"patches of {patch}: prepare with other num_frames, height or width"
+        )
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    try:
+        kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = repr(error)
+    if kind != "WanTransformer3DModel":
+        raise MissingArtifact(
+            f"no teacher at {folder}: expected the folder of a diffusers WanTransformer3DModel, found {kind}"
+        )
+    return folder

@@ -63,7 +63,7 @@ def bare(config: DistillConfig, steps: int) -> float:
     text = torch.stack([torch.from_numpy(store.row(i).text) for i in range(size)])
     stage = build_stage(config, "semantic", teacher, None, latents[:1], text[:1])
     weights = list(stage.student.parameters())
-    copies = [list(net.parameters()) for net in (stage.target, stage.average) if net is not None]
+    copies = [list(slow.weights.values()) for slow in stage.slow_copies().values()]
     optimizer = torch.optim.AdamW(weights, lr=config.semantic.optimizer.learning_rate, weight_decay=0.0)
     marks = []
     for step in range(steps):

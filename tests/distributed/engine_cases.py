@@ -1,5 +1,6 @@
 """A small trainable network, its data, and training runs over any engine: what the engine tests share."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raydistill.config.distill import EngineConfig, OptimizerConfig
-from raydistill.experts.engine import Engine, build_engine
+from raydistill.experts.engine import Engine, build_engine, load_deepspeed
 
 NUM_STEPS, BATCH = 6, 8
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -72,11 +73,19 @@ def weights(engine: Engine) -> dict:
     return {name: w.numpy() for name, w in engine.weights().items()}
 
 
+def whole(module: nn.Module) -> AbstractContextManager:
+    """Bring ZeRO 3's shards together, where there are any."""
+    parameters = list(module.parameters())
+    if not hasattr(parameters[0], "ds_id"):
+        return nullcontext()
+    return load_deepspeed(torch.device("cpu")).zero.GatheredParameters(parameters)
+
+
 def outcome(accumulation=1, clipping=0.05, **settings) -> dict:
     """A whole run: weights, losses, gradient norm, learning rate, the module's own weights."""
     engine = build(accumulation, clipping, **settings)
     losses = train(engine, batches(NUM_STEPS, accumulation))
-    with engine.gathered():
+    with whole(engine.module):
         module = {n: p.detach().float().clone().numpy() for n, p in engine.module.named_parameters()}
     assert engine.steps == NUM_STEPS
     result = {"weights": weights(engine), "module": module, "losses": losses}

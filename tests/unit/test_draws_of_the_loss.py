@@ -9,10 +9,11 @@ from raydistill.config.distill import ObjectiveConfig
 from raydistill.consistency.phases import Phases
 from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
 from raydistill.errors import NonFiniteLoss
-from raydistill.experts.detail import Judges, critic_losses, detail_losses
+from raydistill.experts.detail import Judges, critic_losses, detail_losses, renoised_pair
 from raydistill.experts.loop import require_finite
 from raydistill.experts.meter import Meter
 from raydistill.experts.semantic import (
+    Jumped,
     Losses,
     Networks,
     Segment,
@@ -203,6 +204,20 @@ def _direct_total(nets, judges, segment, batch):
         + 0.3
         * torch.stack([(f - r).square().mean() for f, r in zip(fake_seen, real_seen, strict=True)]).mean()
     )
+
+
+def test_against_data_a_perfect_students_sample_is_as_noisy_as_the_real_one():
+    # What has the law of data noised to the grid's end, 0.3, must not stand out at any time.
+    segment, batch = _segment(1.0, 0.3, TimeGrid(3, last=0.3)), _batch(256, (1, 4, 8, 8))
+    rng = torch.Generator().manual_seed(5)
+    s = torch.full((256,), 0.3, dtype=torch.float64)
+    leaf = segment.schedule.add_noise(
+        batch.latents, torch.randn(batch.latents.shape, generator=rng).double(), s
+    )
+    fake, real, a = renoised_pair(segment, batch, Jumped(leaf, leaf, s, s), leaf, "data")
+    for time in a.unique():
+        ours, theirs = fake[a == time].std().item(), real[a == time].std().item()
+        assert ours == pytest.approx(theirs, rel=0.01), float(time)
 
 
 def test_the_critics_turn_reuses_features_and_reaches_the_critic_alone():

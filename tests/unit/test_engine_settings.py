@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from contextlib import suppress
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from raydistill.errors import IncompatibleCheckpoint, InvalidValue
 from raydistill.experts.engine import build_engine, deepspeed_config
 from raydistill.experts.parts import Parts
 from raydistill.experts.plain_engine import learning_rate_at
+from raydistill.models.critic import TokenCritic
 
 
 def rates(num_steps: int, **optimizer) -> list[float]:
@@ -46,13 +48,14 @@ def test_deepspeed_json():
     """Typed fields first, `extra` merged last, section by section."""
     extra = {"zero_optimization": {"overlap_comm": True}, "communication_data_type": "fp32"}
     config = EngineConfig(zero_stage=3, offload_optimizer=True, precision="bf16", extra=extra)
-    made = deepspeed_config(config, OptimizerConfig(gradient_clipping=0.5), accumulation=4, num_weights=5000)
+    optimizer, device = OptimizerConfig(gradient_clipping=0.5), torch.device("cpu")
+    made = deepspeed_config(config, optimizer, accumulation=4, num_weights=5000, device=device)
     assert made["zero_optimization"] == {
         "stage": 3,
         "reduce_bucket_size": 8192,
         "allgather_bucket_size": 8192,
         "overlap_comm": True,
-        "offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()},
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
     }
     assert made["gradient_accumulation_steps"] == 4
     assert made["gradient_clipping"] == 0.5
@@ -135,6 +138,7 @@ REFUSED = {
     "average_decay": lambda: DistillConfig(average_decay=1.0),
     "save_every": lambda: DistillConfig(save_every=0),
     "critic.stride": lambda: CriticConfig(stride=0),
+    "critic.channels": lambda: CriticConfig(channels=96 + 2),
 }
 
 
@@ -144,6 +148,15 @@ def test_refused_settings(key):
     with pytest.raises(InvalidValue) as caught:
         REFUSED[key]()
     assert caught.value.key == key
+
+
+def test_every_width_that_the_settings_allow_makes_a_critic():
+    allowed = []
+    for channels in range(1, 300):
+        with suppress(InvalidValue):
+            allowed.append(CriticConfig(channels=channels).channels)
+    assert allowed == [*range(2, 65, 2), *range(96, 300, 32)]
+    assert all(TokenCritic(1, 2, channels) for channels in allowed)
 
 
 def test_single_has_no_detail_stage():

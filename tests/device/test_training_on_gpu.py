@@ -1,0 +1,75 @@
+"""Both stages on a GPU, in both engines and precisions, and a CPU run beside it. Each case is a process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+CASE = """
+import sys
+from dataclasses import replace
+import torch
+from raydistill.config.distill import (
+    DetailConfig, DistillConfig, EngineConfig, OptimizerConfig, ScaleConfig, StageConfig,
+)
+from raydistill.experts.loop import distill
+from raydistill.experts.stages import build_stage
+from raydistill.models.wan import build_tiny_teacher
+from raydistill.types import Batch
+
+name, backend, zero_stage, precision, device = sys.argv[1:]
+device = torch.device(device)
+sizes = {"num_steps": 2, "global_batch": 4, "micro_batch": 2, "optimizer": OptimizerConfig(warmup_steps=1)}
+config = DistillConfig(
+    scale=ScaleConfig(num_workers=1), semantic=StageConfig(**sizes), detail=DetailConfig(**sizes),
+    engine=EngineConfig(backend=backend, zero_stage=int(zero_stage), precision=precision),
+)
+latents, text = torch.zeros(1, 4, 16, 4, 4, device=device), torch.zeros(1, 8, 32, device=device)
+teacher = build_tiny_teacher(0).to(device)
+semantic = build_tiny_teacher(1).to(device) if name == "detail" else None
+stage = build_stage(config, name, teacher, semantic, latents, text)
+
+def batches():
+    for k in range(9):  # indices stay on the CPU, as the worker leaves them
+        drawn = (torch.randn(2, *like.shape[1:]).to(device) for like in (latents, text))
+        yield Batch(torch.arange(2 * k, 2 * k + 2), *drawn)
+
+seen = []
+distill(stage, batches(), report_every=1, save_every=9, report=lambda *a: seen.append(a), save=lambda s: None)
+assert [step for step, _ in seen] == [1, 2], seen
+low = torch.bfloat16 if precision == "bf16" else torch.float32
+nets = [stage.student, teacher, stage.target.net, *([stage.judges.critic] if stage.judges else [])]
+for net in nets:
+    assert {p.device.type for p in net.parameters()} == {device.type}
+    assert {p.dtype for p in net.parameters()} == {low}
+for slow in stage.slow_copies().values():
+    assert {(w.dtype, w.device.type) for w in slow.weights.values()} == {(torch.float32, device.type)}
+stage.close()
+print("trained")
+"""
+
+
+def _train(*case):
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    command = [sys.executable, "-c", CASE, *map(str, case)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.endswith("trained\n")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("backend", "zero_stage"), [("torch", 2), ("deepspeed", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize("name", ["semantic", "detail"])
+def test_a_stage_trains_on_the_gpu(name, backend, zero_stage, precision):
+    _train(name, backend, zero_stage, precision, "cuda:0")
+
+
+def test_a_run_on_the_cpu_of_this_machine_stays_there():
+    _train("detail", "deepspeed", 2, "fp32", "cpu")

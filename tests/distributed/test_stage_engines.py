@@ -1,0 +1,100 @@
+"""Both stages under DeepSpeed in one process: precision, and the device that the networks are on."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from raydistill.config.distill import (
+    DetailConfig,
+    DistillConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ScaleConfig,
+    StageConfig,
+)
+from raydistill.errors import DistillError
+from raydistill.experts.engine import load_deepspeed
+from raydistill.experts.loop import distill
+from raydistill.experts.stages import build_stage
+from raydistill.models.wan import build_tiny_teacher
+from raydistill.types import Batch
+
+pytestmark = pytest.mark.distributed
+
+LATENTS, TEXT = (4, 4, 4, 4), (3, 32)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=1)
+SIZES = {"num_steps": 3, "global_batch": 4, "micro_batch": 2, "optimizer": OPTIMIZER}
+CONFIG = DistillConfig(
+    scale=ScaleConfig(num_workers=1), semantic=StageConfig(**SIZES), detail=DetailConfig(**SIZES)
+)
+
+
+def _teacher():
+    torch.manual_seed(0)
+    net = build_tiny_teacher(0, dim_head=12, num_heads=2, num_layers=2)
+    for p in net.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+def _batches():
+    rng = torch.Generator().manual_seed(1)
+    for k in range(100):
+        drawn = (torch.randn(2, *shape, generator=rng) for shape in (LATENTS, TEXT))
+        yield Batch(torch.arange(2 * k, 2 * k + 2), *drawn)
+
+
+def _trained(name, engine):
+    """Moving averages and first figures of a short run."""
+    semantic = _teacher() if name == "detail" else None
+    empty = torch.zeros(1, *LATENTS), torch.zeros(1, *TEXT)
+    stage, figures = build_stage(replace(CONFIG, engine=engine), name, _teacher(), semantic, *empty), []
+    report = lambda step, values: figures.append(values)  # noqa: E731
+    distill(stage, _batches(), report_every=1, save_every=9, report=report, save=lambda step: None)
+    copies = {kind: slow.weights for kind, slow in stage.slow_copies().items()}
+    target = {p.dtype for p in stage.target.net.parameters()}
+    stage.close()
+    return copies, figures[0], target
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("name", ["semantic", "detail"])
+def test_a_stage_in_bf16_is_near_plain_torchs(name, zero_stage):
+    plain = _trained(name, EngineConfig(backend="torch", precision="bf16"))
+    ours = _trained(name, EngineConfig(zero_stage=zero_stage, precision="bf16"))
+    assert ours[2] == {torch.bfloat16}
+    for key in (k for k in plain[1] if k.startswith("loss/")):
+        assert ours[1][key] == pytest.approx(plain[1][key], rel=1e-2), key  # ZeRO 3 adds biases in bfloat16
+    for kind, weights in plain[0].items():
+        for n, expected in weights.items():
+            found = ours[0][kind][n]
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+BESIDE_A_GPU = """
+import sys, torch
+sys.path[:0] = sys.argv[1:]
+torch.cuda.is_available = lambda: True  # the machine has one; this process trains on the CPU
+import engine_cases
+engine = engine_cases.build(zero_stage=2)
+print(engine_cases.train(engine, engine_cases.batches(1, 1)), torch.distributed.get_backend())
+"""
+
+
+def test_a_worker_on_the_cpu_of_a_machine_with_a_gpu_trains_there():
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    command = [sys.executable, "-c", BESIDE_A_GPU, *(p for p in sys.path if p)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("gloo\n")
+
+
+def test_another_device_than_deepspeeds_is_refused():
+    load_deepspeed(torch.device("cpu"))
+    with pytest.raises(DistillError, match="works on 'cpu' in this process, but the model is on 'cuda'"):
+        load_deepspeed(torch.device("cuda"))
