@@ -155,13 +155,12 @@ class Manifest:
             raise CorruptArtifact(f"{where} is not a whole manifest: {broken!r}") from broken
         if checksum != fingerprint(body):
             raise CorruptArtifact(f"{where} does not match its own checksum")
-        return cls(**body)
+        return cls(**{**body, "files": {contained(name): entry for name, entry in body["files"].items()}})
 
     @staticmethod
     def locate(path: str | Path) -> Path:
         """Return the manifest file meant by a folder or a file name."""
-        path = Path(path)
-        return path if path.suffix == ".json" else path / MANIFEST
+        return Path(path) if Path(path).suffix == ".json" else Path(path) / MANIFEST
 
     def verify(self, folder: str | Path, *, contents: bool = True) -> None:
         """Check that every file is there with its size and, with `contents`, its sha256.
@@ -176,6 +175,13 @@ class Manifest:
                 raise CorruptArtifact(f"{path} has {path.stat().st_size} bytes, the manifest says {promised}")
             if contents and file_sha256(path) != entry["sha256"]:
                 raise CorruptArtifact(f"{path} differs from what was written (sha256)")
+
+
+def contained(name: str) -> str:
+    """Return a relative name. Raises CorruptArtifact if it leads out of the folder of whoever names it."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CorruptArtifact(f"an artifact names '{name}', which is not inside its own folder")
+    return name
 
 
 def file_entry(path: str | Path) -> dict[str, Any]:
@@ -234,8 +240,7 @@ class LatentStore:
 
     def require_codec(self, digest: str) -> None:
         """Refuse latents that another codec encoded; `digest` is `tree_digest(codec folder)`."""
-        expect = {"models": {"codec": {"digest": digest}}}
-        require_identity(self.manifest.identity, expect, self.folder)
+        require_identity(self.manifest.identity, {"models": {"codec": {"digest": digest}}}, self.folder)
 
     def row(self, i: int) -> LatentRow:
         """Return row `i`. Raises IndexError, CorruptArtifact."""
@@ -254,8 +259,8 @@ class LatentStore:
 
     def column(self, name: str) -> list[Any]:
         """Return one column, e.g. 'caption' or 'sample_id', of all rows in order, without reading tensors."""
-        shards = range(len(self._names))
-        return [v for shard in shards for v in self._read(shard, None, [name]).column(name).to_pylist()]
+        tables = (self._read(shard, None, [name]) for shard in range(len(self._names)))
+        return [value for table in tables for value in table.column(name).to_pylist()]
 
     def verify(self) -> None:
         """Read every byte and compare with the manifest. Raises MissingArtifact, CorruptArtifact."""
@@ -288,8 +293,7 @@ class LatentStore:
                 return file.read(columns=columns, use_threads=False)
             return file.read_row_group(group, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as broken:
-            where = f"{self.folder / self._names[shard]}, row group {group}"
-            raise CorruptArtifact(f"{where}: {broken}") from broken
+            raise CorruptArtifact(f"{self.folder / self._names[shard]}, group {group}: {broken}") from broken
 
     def _decode(self, table: pa.Table, at: int) -> LatentRow:
         """Build a row from a group's table."""
@@ -301,8 +305,7 @@ class LatentStore:
 def read_tensor(table: pa.Table, name: str, at: int) -> np.ndarray:
     """Return the tensor of a bytes/shape/dtype triplet as a new float32 array. Raises CorruptArtifact."""
     data = table.column(f"{name}_bytes")[at].as_buffer()
-    shape = table.column(f"{name}_shape")[at].as_py()
-    dtype = table.column(f"{name}_dtype")[at].as_py()
+    shape, dtype = (table.column(f"{name}_{part}")[at].as_py() for part in ("shape", "dtype"))
     if dtype not in DTYPES or math.prod(shape) * np.dtype(dtype).itemsize != data.size:
         raise CorruptArtifact(f"{name}: {data.size} bytes cannot be {shape} of {dtype}")
     values = np.frombuffer(data, dtype).reshape(shape)
@@ -311,8 +314,8 @@ def read_tensor(table: pa.Table, name: str, at: int) -> np.ndarray:
 
 def footer_sha256(path: str | Path) -> str:
     """Return the sha256 of a Parquet footer: schema and places of all pages. Raises CorruptArtifact."""
-    size = os.stat(path).st_size
     with open(path, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - 8))
         tail = stream.read(8)
         length = int.from_bytes(tail[:4], "little") + 8
@@ -328,16 +331,14 @@ def resolve_pointer(path: str | Path, pointer: str) -> Path:
     if (folder / MANIFEST).is_file() or not (folder / pointer).is_file():
         return folder
     try:
-        return folder / json.loads((folder / pointer).read_bytes())["folder"]
+        return folder / contained(json.loads((folder / pointer).read_bytes())["folder"])
     except (ValueError, KeyError, TypeError) as broken:
         raise CorruptArtifact(f"{folder / pointer}: {broken!r}") from broken
 
 
 def require_identity(identity: Mapping[str, Any], expect: Mapping[str, Any], where: str | Path) -> None:
     """Compare the part of an identity that `expect` names. Raises StaleArtifact, listing every difference."""
-    found = _part(identity, expect)
-    wrong = differences(found, expect)
-    if wrong:
+    if wrong := differences(_part(identity, expect), expect):
         listing = "\n  ".join(wrong)
         raise StaleArtifact(f"{where} was made otherwise than asked for (found != expected):\n  {listing}")
 

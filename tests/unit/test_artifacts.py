@@ -19,6 +19,7 @@ from raydistill.artifacts import (
     differences,
     file_entry,
     fingerprint,
+    resolve_pointer,
     tree_digest,
     write_atomically,
     write_json,
@@ -137,6 +138,18 @@ def test_manifest_round_trip_and_every_flip(tmp_path):
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(MissingArtifact):
         Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../data", "/etc/passwd", "a/../../data"])
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
+    Manifest(kind="k", identity={}, files={name: {"bytes": 1, "sha256": ""}}).write(tmp_path / "made")
+    with pytest.raises(CorruptArtifact, match="not inside its own folder"):
+        Manifest.read(tmp_path / "made")
+    write_json(tmp_path / "all" / "latents.json", {"folder": name})
+    with pytest.raises(CorruptArtifact, match="not inside its own folder"):
+        resolve_pointer(tmp_path / "all", "latents.json")
+    write_json(tmp_path / "all" / "latents.json", {"folder": "one/two"})
+    assert resolve_pointer(tmp_path / "all", "latents.json") == tmp_path / "all" / "one" / "two"
 
 
 def test_manifest_verifies_its_files(tmp_path):
