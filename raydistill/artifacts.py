@@ -155,7 +155,8 @@ class Manifest:
             raise CorruptArtifact(f"{where} is not a whole manifest: {broken!r}") from broken
         if checksum != fingerprint(body):
             raise CorruptArtifact(f"{where} does not match its own checksum")
-        return cls(**{**body, "files": {contained(name): entry for name, entry in body["files"].items()}})
+        body["files"] = {contained(name): entry for name, entry in body["files"].items()}
+        return cls(**body)
 
     @staticmethod
     def locate(path: str | Path) -> Path:
@@ -220,8 +221,7 @@ class LatentStore:
         require_identity(self.manifest.identity, expect or {}, self.folder)
         self.manifest.verify(self.folder, contents=False)
         self._names = sorted(self.manifest.files, key=lambda name: self.manifest.files[name]["order"])
-        rows = [self.manifest.files[name]["rows"] for name in self._names]
-        self._ends = list(itertools.accumulate(rows))
+        self._ends = list(itertools.accumulate(self.manifest.files[name]["rows"] for name in self._names))
         self._open: dict[int, pq.ParquetFile] = {}
 
     def __reduce__(self):
