@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import ray.train
 import torch
 from ray.data import Dataset, ExecutionOptions
+from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.train import (
     DataConfig,
     FailureConfig,
@@ -32,10 +34,10 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from raydistill.config.distill import ScaleConfig
-from raydistill.errors import DistillError, IncompatibleCheckpoint, RaydistillError
+from raydistill.errors import DistillError, IncompatibleCheckpoint, InvalidValue
 from raydistill.experts import checkpoint
-from raydistill.experts.progress import forget_after, progress
-from raydistill.flow import connect
+from raydistill.experts.progress import forget_after, progress, read_metrics
+from raydistill.flow import connect, raised_by_us
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 DATASET = "train"
+RAYS_OWN = ".ray"
+"""Below the run folder, while workers run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,8 @@ def launch(
     `run_dir` must be one place for the driver and all workers: a local folder, or shared storage.
     `train` is a module-level function; it loads `worker.resume_from` and saves through `checkpoint.save`.
     Errors that raydistill raises on purpose come back as they were and are not retried; lost workers are, as
-    often as `scale.max_failures` says, from the newest sound checkpoint.
+    often as `scale.max_failures` says, from the newest sound checkpoint. Raises InvalidValue if a worker does
+    not see `run_dir`.
     """
     run_dir = Path(run_dir).resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -111,10 +116,10 @@ def launch(
                 _fit(told, scale, feed(start) if feed else None)
             break
         except TrainingFailedError as failure:
-            _raise_unless_lost(failure, stuck=start == stuck_at, last=attempt == scale.max_failures)
-            logger.warning(
-                "a worker of '%s' was lost (%d of %d): resuming", stage, attempt + 1, scale.max_failures
-            )
+            stuck = start == stuck_at or _reached(run_dir, stage) <= start
+            _raise_unless_lost(failure, stuck=stuck, last=attempt == scale.max_failures)
+            count = f"{attempt + 1} of {scale.max_failures}"
+            logger.warning("'%s' was interrupted (%s), resuming: %s", stage, count, _summary(failure))
             stuck_at = start
     return _last_checkpoint(run_dir, stage, num_steps)
 
@@ -128,6 +133,13 @@ def _last_checkpoint(run_dir: Path, stage: str, num_steps: int) -> Path:
     return newest
 
 
+def _reached(run_dir: Path, stage: str) -> int:
+    """Return the last optimizer step of which there is a trace: a record, or a checkpoint."""
+    newest = checkpoint.newest_verified(run_dir, stage, contents=False)
+    steps = [record["step"] for record in read_metrics(run_dir, stage)]
+    return max(*steps, checkpoint.read_state(newest).step if newest else 0, 0)
+
+
 @contextmanager
 def cluster(scale: ScaleConfig) -> Iterator[None]:
     """Be connected to a Ray that has room for the workers and the data flow; see `flow.connect`."""
@@ -138,12 +150,12 @@ def cluster(scale: ScaleConfig) -> Iterator[None]:
 
 def _fit(told: dict[str, Any], scale: ScaleConfig, dataset: Dataset | None) -> None:
     """One group of workers, from start to end or to the first loss."""
-    storage = told["run_dir"] / ".ray"
+    storage, token = told["run_dir"] / RAYS_OWN, uuid.uuid4().hex
     if dataset is not None:
         dataset.context.enable_progress_bars = False  # our own shows what matters
     trainer = TorchTrainer(
         _train_loop,
-        train_loop_config=told,
+        train_loop_config=told | {"token": token},
         torch_config=TorchConfig(backend="nccl" if scale.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.num_workers,
@@ -161,6 +173,8 @@ def _fit(told: dict[str, Any], scale: ScaleConfig, dataset: Dataset | None) -> N
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     )
     try:
+        storage.mkdir(exist_ok=True)
+        (storage / token).touch()
         with _environment(SETTINGS), _interrupts_restored():
             trainer.fit()
     finally:
@@ -174,22 +188,74 @@ def _train_loop(told: dict[str, Any]) -> None:
     torch.set_num_threads(told.pop("threads"))
     context = ray.train.get_context()
     ranks = {"rank": context.get_world_rank(), "world_size": context.get_world_size()}
+    _require_shared(told["run_dir"], told.pop("token"))
     shard = ray.train.get_dataset_shard(DATASET) if fed else None
     train(Worker(device=get_device(), shard=shard, **ranks, **told))
 
 
+def _require_shared(run_dir: Path, token: str) -> None:
+    """Raise InvalidValue unless this worker sees the file that the driver has just written.
+
+    Without one place for all, every machine would keep its own part of a checkpoint, and none a whole one.
+    """
+    if not (run_dir / RAYS_OWN / token).is_file():
+        node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+        raise InvalidValue(
+            "output",
+            str(run_dir),
+            f"must be storage that all machines share: node {node} does not see what the driver wrote there",
+        )
+
+
 def _raise_unless_lost(failure: TrainingFailedError, *, stuck: bool, last: bool) -> None:
-    """Return if starting again can help: something went away. Else raise what really went wrong."""
-    errors = list(failure.worker_failures.values()) if isinstance(failure, WorkerGroupError) else []
-    for error in errors:
-        if isinstance(error, RaydistillError):
-            raise error from failure
-    raised = [e for e in errors if type(e).__module__.partition(".")[0] != "ray"]  # by the training function
+    """Return if starting again can help: something went away. Else raise what really went wrong.
+
+    `stuck` says that the attempt got nowhere: then a failure in which nobody died is a bug.
+    """
+    for error in _errors(failure).values():
+        if ours := raised_by_us(error):
+            raise ours from failure
+    errors = [_cause(error) for error in _errors(failure).values()]
+    raised = [e for e in errors if not _is_death(e)]  # by the training function, or by a data loader
     # The other ranks see a broken connection, a RuntimeError of torch; Ray may learn of the death after them.
     bugs = [e for e in raised if not isinstance(e, RuntimeError) or isinstance(e, torch.OutOfMemoryError)]
     nobody_died = bool(errors) and len(raised) == len(errors)
     if bugs or last or (nobody_died and stuck):
         raise failure
+
+
+def _errors(failure: TrainingFailedError) -> dict[int, Exception]:
+    """Return what each rank failed with; empty where the workers could not start."""
+    return failure.worker_failures if isinstance(failure, WorkerGroupError) else {}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what went wrong in the task or actor whose failure reached a worker."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def _is_death(error: BaseException) -> bool:
+    """Whether Ray says that a process, a machine or an object is gone, and not what was raised there."""
+    if (
+        isinstance(error, RayTaskError | UserCodeException) or type(error) is RayError
+    ):  # of what cannot travel
+        return False
+    return type(error).__module__.partition(".")[0] == "ray"
+
+
+def _summary(failure: TrainingFailedError) -> str:
+    """Return one line per rank, or the failure's first."""
+    lines = []
+    for rank, error in _errors(failure).items():
+        cause = _cause(error)
+        lines.append(f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}")
+    return "; ".join(lines) or _first_line(failure)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 @contextmanager

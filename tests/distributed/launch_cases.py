@@ -29,6 +29,15 @@ def feed(start_step: int):
     return rows.map_batches(lambda rows: {"index": rows["id"] + first}, batch_size=None)
 
 
+def feed_with_a_bug(start_step: int):
+    """A loader that raises."""
+
+    def load(rows):
+        raise RuntimeError("shapes do not fit")
+
+    return ray.data.range(NUM_STEPS * BATCH, override_num_blocks=NUM_STEPS).map_batches(load, batch_size=None)
+
+
 def sample(index: np.ndarray) -> torch.Tensor:
     """A function of the global index alone."""
     return torch.tensor(np.sin(np.outer(index + 1.0, np.arange(1, 7))), dtype=torch.float32)
@@ -60,6 +69,13 @@ def keep_weights(engine, path: Path) -> None:
     final = weights(engine)
     if dist.get_rank() == 0:
         save_file(final, path)
+
+
+def note_and_raise(worker: Worker) -> None:
+    """A bug in the training function that torch reports as a RuntimeError."""
+    with (worker.run_dir / "accidents").open("a") as stream:
+        stream.write("started\n")
+    torch.ones(2) @ torch.ones(3)
 
 
 def train(worker: Worker) -> None:

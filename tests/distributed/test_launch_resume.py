@@ -1,6 +1,7 @@
 """Real Ray Train: workers die, checkpoints tear, errors travel; weights end as if nothing had happened."""
 
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -11,15 +12,31 @@ import pytest
 import ray
 import torch
 from gloo_ranks import run_ranks
-from launch_cases import NUM_STEPS, SAVE_EVERY, feed, train, unbroken
-from ray.exceptions import ActorDiedError
+from launch_cases import (
+    NUM_STEPS,
+    SAVE_EVERY,
+    feed,
+    feed_with_a_bug,
+    note_and_raise,
+    train,
+    unbroken,
+)
+from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError, UserCodeException
 from ray.train import WorkerGroupError
 from safetensors.numpy import load_file
 
 from raydistill.config.distill import ScaleConfig
-from raydistill.errors import IncompatibleCheckpoint, NonFiniteLoss
+from raydistill.errors import DistillError, IncompatibleCheckpoint, InvalidValue, NonFiniteLoss
 from raydistill.experts.checkpoint import newest_verified
-from raydistill.experts.launch import _raise_unless_lost, cluster, launch
+from raydistill.experts.launch import (
+    RAYS_OWN,
+    _raise_unless_lost,
+    _reached,
+    _require_shared,
+    _summary,
+    cluster,
+    launch,
+)
 
 for cases in (launch_cases, engine_cases):  # Ray's workers do not have this folder on their path
     ray.cloudpickle.register_pickle_by_value(cases)
@@ -45,14 +62,17 @@ def run(run_dir: Path, **accident) -> Path:
     )
 
 
-def test_killed_worker_resumes_bit_equal(local_ray, tmp_path):
+def test_killed_worker_resumes_bit_equal(local_ray, tmp_path, caplog):
     """SIGKILL of a random rank at a random step, and a flipped bit in the newest checkpoint then."""
+    caplog.set_level(logging.WARNING, "raydistill.experts.launch")
     draw = random.Random(11)
     step, rank = draw.randrange(2 * SAVE_EVERY + 1, NUM_STEPS), draw.randrange(2)
     last = run(tmp_path, kind="kill", step=step, rank=rank)
     before_last = (step // SAVE_EVERY - 1) * SAVE_EVERY
     assert (tmp_path / "accidents").read_text() == f"0 {step}\n{before_last} {step}\n"
     assert last.name == f"semantic-step-{NUM_STEPS:06d}"
+    assert "'semantic' was interrupted (1 of 2), resuming: rank " in caplog.text
+    assert f"rank {rank}: WorkerHealthCheckFailedError: " in caplog.text
     run_ranks(unbroken, 2, tmp_path)
     assert same(load_file(tmp_path / "final.safetensors"), load_file(tmp_path / "unbroken.safetensors"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -80,9 +100,42 @@ def test_our_errors_come_back_as_they_are(local_ray, tmp_path):
     ).name.endswith("3")
 
 
+def test_a_bug_before_the_first_step_is_not_tried_again(local_ray, tmp_path):
+    """Neither one of the training function nor one of the data's loaders, though Ray wraps that one."""
+    accident = {"kind": "none", "step": -1, "rank": -1}
+    what = {"config": accident, "scale": SCALE, "stage": "semantic", "num_steps": NUM_STEPS}
+    with pytest.raises(WorkerGroupError, match=r"size mismatch|inconsistent tensor size"):
+        launch(note_and_raise, run_dir=tmp_path / "train", **what)
+    assert (tmp_path / "train" / "accidents").read_text() == "started\n" * SCALE.num_workers
+    with pytest.raises(WorkerGroupError) as caught:
+        launch(train, run_dir=tmp_path / "load", feed=feed_with_a_bug, **what)
+    assert "rank 0: UserCodeException: " in _summary(caught.value)
+    assert list((tmp_path / "load").iterdir()) == []
+
+
+def of_task(cause: Exception) -> RayTaskError:
+    """What a worker gets from a task that failed."""
+    return RayTaskError("load", "Traceback", cause, ip="10.0.0.1").as_instanceof_cause()
+
+
+def test_a_node_that_does_not_see_the_output_is_named(tmp_path):
+    """A local folder on several machines would hold a part of every checkpoint on each."""
+    (tmp_path / RAYS_OWN).mkdir()
+    (tmp_path / RAYS_OWN / "abc").touch()
+    _require_shared(tmp_path, "abc")
+    with pytest.raises(InvalidValue, match="must be storage that all machines share: node") as caught:
+        _require_shared(tmp_path, "of an earlier start")
+    assert (caught.value.key, caught.value.value) == ("output", str(tmp_path))
+
+
 CASES = {
     "one died, the other saw it": ([ActorDiedError(), RuntimeError("Connection closed by peer")], False),
     "seen before Ray knew": ([RuntimeError("Connection closed by peer")], False),
+    "a loader's machine died": ([of_task(ActorDiedError())], False),
+    "a loader's data went with a machine": ([of_task(ObjectLostError("1", "", ""))], False),
+    "a bug of a loader": ([of_task(TypeError("a bug"))], True),
+    "a bug of a function of Ray Data": ([of_task(UserCodeException("UDF failed"))], True),
+    "a bug of a loader that cannot travel": ([of_task(RayError("not serializable"))], True),
     "a bug": ([TypeError("a bug")], True),
     "a bug beside its victim": ([TypeError("a bug"), RuntimeError("Connection closed by peer")], True),
     "too large": ([torch.OutOfMemoryError("out of memory")], True),
@@ -104,9 +157,26 @@ def test_only_losses_are_retried(case):
         _raise_unless_lost(failure, stuck=True, last=True)
 
 
-def test_the_same_failure_twice_without_a_death_is_a_bug():
-    """A RuntimeError that no lost worker explains, twice at the same step."""
-    failure = WorkerGroupError("failed", {0: RuntimeError("shapes do not fit")})
+@pytest.mark.parametrize("wrap", [lambda error: error, of_task])
+def test_a_failure_that_got_nowhere_without_a_death_is_a_bug(wrap):
+    """A RuntimeError that no lost worker explains."""
+    failure = WorkerGroupError("failed", {0: wrap(RuntimeError("shapes do not fit"))})
     with pytest.raises(WorkerGroupError):
         _raise_unless_lost(failure, stuck=True, last=False)
+    _raise_unless_lost(failure, stuck=False, last=False)
+    assert _summary(failure) == "rank 0: RuntimeError: shapes do not fit"
     _raise_unless_lost(WorkerGroupError("failed", {0: ActorDiedError()}), stuck=True, last=False)
+
+
+def test_our_errors_are_found_inside_rays(tmp_path):
+    failure = WorkerGroupError("failed", {1: of_task(DistillError("no space left"))})
+    with pytest.raises(DistillError, match="no space left"):
+        _raise_unless_lost(failure, stuck=False, last=False)
+
+
+def test_progress_is_a_record_or_a_checkpoint(tmp_path):
+    assert _reached(tmp_path, "semantic") == 0
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"stage": "semantic", "step": 4}\n{"stage": "detail", "step": 9}\n'
+    )
+    assert _reached(tmp_path, "semantic") == 4
