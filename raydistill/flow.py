@@ -4,12 +4,14 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import ray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raydistill.errors import RaydistillError
 
@@ -17,13 +19,14 @@ Row = TypeVar("Row")
 
 
 @contextmanager
-def connect(num_cpus: int = 0, object_store_mib: int = 512) -> Iterator[None]:
+def connect(num_cpus: int = 0, object_store_mib: int = 0) -> Iterator[None]:
     """Connect for the duration of a `with` block.
 
     A connection that exists is used and left alone. Within a submitted job, or with RAY_ADDRESS set, that
     cluster is joined. Otherwise a cluster of our own is started on this machine, with `num_cpus` (0: as many
     as there are) and an object store of `object_store_mib`, and ended with the block; its logs are kept only
-    if something unexpected happened.
+    if something unexpected happened. An object store of 0 is Ray's choice, 30 % of the machine's memory; the
+    environment's RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION and _MAX_MEMORY_BYTES change it.
     """
     if ray.is_initialized():
         yield
@@ -43,7 +46,7 @@ def connect(num_cpus: int = 0, object_store_mib: int = 512) -> Iterator[None]:
         ray.init(
             address="local",
             num_cpus=num_cpus or None,
-            object_store_memory=object_store_mib * 2**20,
+            object_store_memory=object_store_mib * 2**20 or None,
             include_dashboard=False,
             logging_level=logging.WARNING,
             _temp_dir=logs,
@@ -58,6 +61,20 @@ def connect(num_cpus: int = 0, object_store_mib: int = 512) -> Iterator[None]:
         ray.shutdown()
         if logs:
             shutil.rmtree(logs, ignore_errors=True)
+
+
+class Paced(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest; for `DataContext.custom_execution_callback_classes`.
+
+    The loop waits for tasks only while one of them has nothing to deliver: as long as the reader is slower than
+    the flow, which is how training should be, it spins and takes a core from it.
+    """
+
+    PAUSE_S = 0.02
+
+    def on_execution_step(self, executor: object) -> None:
+        """Called after each round of the loop."""
+        time.sleep(self.PAUSE_S)
 
 
 def _quieten() -> None:
