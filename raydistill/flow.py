@@ -66,8 +66,8 @@ def connect(num_cpus: int = 0, object_store_mib: int = 0) -> Iterator[None]:
 class Paced(ExecutionCallback):
     """Lets Ray Data's scheduling loop rest; for `DataContext.custom_execution_callback_classes`.
 
-    The loop waits for tasks only while one of them has nothing to deliver. As long as the reader is slower than
-    the flow, which is how training should be, it spins and takes a core away.
+    The loop waits for tasks only while one of them has nothing to deliver. As long as the reader is slower
+    than the flow, which is how training should be, it spins and takes a core away.
     """
 
     PAUSE_S = 0.02
