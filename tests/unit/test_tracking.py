@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+import threading
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
@@ -79,10 +80,10 @@ def write_much(tracker):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("tensorboard", [False, True])
-def test_no_room_is_a_clear_error(tmp_path, tensorboard):
+def test_no_room_is_a_clear_error(tmp_path, monkeypatch, tensorboard):
     """TensorBoard's events outgrow the lines; its thread dies, and its queue must not wait for it."""
+    monkeypatch.setattr(threading, "excepthook", lambda died: None)
     tracker = Tracker(TrackingConfig(tensorboard=tensorboard), tmp_path, SETTINGS)
     with little_room(20_000), pytest.raises(DistillError, match="no space left"):
         write_much(tracker)
@@ -91,6 +92,9 @@ def test_no_room_is_a_clear_error(tmp_path, tensorboard):
         return
     with little_room(20_000), pytest.raises(DistillError, match="no space left"):
         tracker.close()
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_EventLoggerThread":
+            thread.join(0.2)
 
 
 def test_a_missing_package_is_named_before_any_work(monkeypatch):
