@@ -35,11 +35,11 @@ distill: install
 test: test-unit test-cluster
 
 test-unit: install
-	DS_ACCELERATOR=cpu python -m pytest -n 2 --dist loadfile tests/unit tests/property
+	python -m pytest -n 2 --dist loadfile tests/unit tests/property
 
 # One after the other: each starts processes of its own, and there may be no more than two cores.
 test-cluster: install
-	DS_ACCELERATOR=cpu python -m pytest --durations 10 $(wildcard tests/distributed tests/e2e tests/device)
+	python -m pytest --durations 10 $(wildcard tests/distributed tests/e2e tests/device)
 
 check: install
 	ruff format --check --diff --quiet .

@@ -15,13 +15,14 @@ import torch
 from raydistill.artifacts import LatentStore, tree_digest
 from raydistill.config.distill import DistillConfig
 from raydistill.config.load import dump, from_command_line, run
-from raydistill.errors import MissingArtifact, StaleArtifact
+from raydistill.errors import MissingArtifact
 from raydistill.evaluation.analysis_plots import draw_analysis
 from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
 from raydistill.experts.stages import build_segment
+from raydistill.experts.tracking import require_installed
 from raydistill.experts.worker import Run, load_result, require_own_checkpoints, settings_of, train
-from raydistill.models.wan import load_teacher
+from raydistill.models.wan import load_teacher, require_fit
 from raydistill.sampler import SamplingPlan, build_plan, plan_times, with_tail
 from raydistill.student import Card, save_student
 from raydistill.trajectories.flow import feed, iter_batches
@@ -123,17 +124,13 @@ def export(
 
 def check(config: DistillConfig, store: LatentStore) -> dict[str, str]:
     """Find whatever would stop the run later, before anything is started; return the inputs' digests."""
+    require_installed(config.tracking)
     if not (Path(config.codec) / "config.json").is_file():
         raise MissingArtifact(f"no codec at {config.codec}: codec= names the folder that made {config.data}")
     codec = tree_digest(config.codec)
     store.require_codec(codec)
-    row, net = store.row(0), load_teacher(config.teacher).transformer.config
-    if (net["in_channels"], net["text_dim"]) != (row.latents.shape[0], row.text.shape[1]):
-        raise StaleArtifact(
-            f"{config.teacher} takes {net['in_channels']} latent channels, text of width {net['text_dim']}; "
-            f"{config.data} has {row.latents.shape[0]} and {row.text.shape[1]}: "
-            "prepare with the teacher's own codec"
-        )
+    row = store.row(0)
+    require_fit(config.teacher, row.latents.shape, row.text.shape)
     for stage in ("semantic",) if config.experts == "single" else ("semantic", "detail"):
         build_segment(config, stage)
     plans_of(config)
@@ -166,6 +163,9 @@ def main() -> None:
     with cluster(config.scale):
         semantic = run_stage(config, "semantic", store, None, digests)
         detail = None if config.experts == "single" else run_stage(config, "detail", store, semantic, digests)
+    damaged = [path for path in Path(config.output).glob("quarantine-*.jsonl") if path.stat().st_size]
+    if damaged:
+        print(f"damaged rows were replaced by others: {', '.join(map(str, damaged))}")
     print(f"student: {export(config, store, digests, semantic, detail)}")
 
 

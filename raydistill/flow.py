@@ -24,9 +24,9 @@ def connect(num_cpus: int = 0, object_store_mib: int = 0) -> Iterator[None]:
 
     A connection that exists is used and left alone. Within a submitted job, or with RAY_ADDRESS set, that
     cluster is joined. Otherwise a cluster of our own is started on this machine, with `num_cpus` (0: as many
-    as there are) and an object store of `object_store_mib`, and ended with the block; its logs are kept only
-    if something unexpected happened. An object store of 0 is Ray's choice, 30 % of the machine's memory; the
-    environment's RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION and _MAX_MEMORY_BYTES change it.
+    as there are) and an object store of `object_store_mib`, and ended with the block; its logs, and what
+    workers print, are kept only if something unexpected happened. An object store of 0 is Ray's choice, 30 %
+    of the machine's memory; RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION and _MAX_MEMORY_BYTES change it.
     """
     if ray.is_initialized():
         yield
@@ -48,6 +48,7 @@ def connect(num_cpus: int = 0, object_store_mib: int = 0) -> Iterator[None]:
             num_cpus=num_cpus or None,
             object_store_memory=object_store_mib * 2**20 or None,
             include_dashboard=False,
+            log_to_driver=False,  # what Ray's own actors complain of without a dashboard would drown progress
             logging_level=logging.WARNING,
             _temp_dir=logs,
         )

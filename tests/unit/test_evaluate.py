@@ -87,9 +87,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(weights, tmp_path_factory):
     metrics = weights / "metrics.jsonl"
-    lines = [
-        {"step": n, "stage": "semantic", "loss/consistency": 1 / n, "seconds": 0.1} for n in range(1, 50)
-    ]
+    lines = [{"step": n, "stage": "semantic", "loss/consistency": 1 / n} for n in range(1, 50)]
     metrics.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return EvaluateConfig(
         teacher=str(weights / "teacher"),
