@@ -15,7 +15,7 @@ import torch
 from raydistill.artifacts import LatentStore, tree_digest
 from raydistill.config.distill import DistillConfig
 from raydistill.config.load import dump, from_command_line, run
-from raydistill.errors import MissingArtifact
+from raydistill.errors import DistillError, MissingArtifact, disk_full_explained
 from raydistill.evaluation.analysis_plots import draw_analysis
 from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
@@ -159,11 +159,18 @@ def main() -> None:
     if "analyse" in switches:
         analyse_teacher(config, store)
         return
-    dump(config, Path(config.output) / "config.yaml")
+    with disk_full_explained(Path(config.output), DistillError):
+        distil(config, store, digests)
+
+
+def distil(config: DistillConfig, store: LatentStore, digests: dict[str, str]) -> None:
+    """Train the stages on Ray, export the student."""
+    output = Path(config.output)
+    dump(config, output / "config.yaml")
     with cluster(config.scale):
         semantic = run_stage(config, "semantic", store, None, digests)
         detail = None if config.experts == "single" else run_stage(config, "detail", store, semantic, digests)
-    damaged = [path for path in Path(config.output).glob("quarantine-*.jsonl") if path.stat().st_size]
+    damaged = [path for path in output.glob("quarantine-*.jsonl") if path.stat().st_size]
     if damaged:
         print(f"damaged rows were replaced by others: {', '.join(map(str, damaged))}")
     print(f"student: {export(config, store, digests, semantic, detail)}")

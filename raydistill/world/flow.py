@@ -224,11 +224,21 @@ def clip_row(clip: Clip, about: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _data_context() -> Iterator[None]:
-    """Build datasets whose blocks are never split, since a block is a shard, and that draw no bars."""
+    """Build datasets whose blocks are never split, since a block is a shard, and that draw no bars.
+
+    An actor's error comes as it was raised: Ray Data's own wrapper loses its cause on the way.
+    """
     context = DataContext.get_current()
-    before = context.target_max_block_size, context.enable_progress_bars
-    context.target_max_block_size, context.enable_progress_bars = None, False
+    ours = {
+        "target_max_block_size": None,
+        "enable_progress_bars": False,
+        "raise_original_map_exception": True,
+    }
+    before = {name: getattr(context, name) for name in ours}
+    for name, value in ours.items():
+        setattr(context, name, value)
     try:
         yield
     finally:
-        context.target_max_block_size, context.enable_progress_bars = before
+        for name, value in before.items():
+            setattr(context, name, value)

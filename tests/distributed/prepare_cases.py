@@ -60,10 +60,11 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
-def actors_after(shards: int, output: Path, *names: str) -> dict[int, str]:
-    """Return this Ray's actors with one of these classes, as soon as the job has committed so many shards."""
-    deadline = time.monotonic() + 200
-    while len(list(output.glob("*/*-*.manifest.json"))) < shards and time.monotonic() < deadline:
+def actors_after(shards: int, output: Path, name: str) -> dict[int, str]:
+    """Return this Ray's actors by a part of their title, once there are some and so many shards committed."""
+    deadline, found = time.monotonic() + 200, dict[int, str]()
+    while not found and time.monotonic() < deadline:
         time.sleep(0.01)
-    every = descendants(os.getpid()).items()
-    return {pid: command for pid, command in every if any(name in command for name in names)}
+        if len(list(output.glob("*/*-*.manifest.json"))) >= shards:
+            found = {pid: words for pid, words in descendants(os.getpid()).items() if name in words}
+    return found
