@@ -116,3 +116,4 @@ def test_the_token_is_asked_for(head):
     address, environment = head
     done = submit((address, environment | {"RAY_AUTH_MODE": "disabled"}), "true")
     assert done.returncode != 0
+    assert "authentication" in (done.stdout + done.stderr).lower()
