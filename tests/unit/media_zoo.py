@@ -64,7 +64,7 @@ def write(
 
 
 def as_before(make: Callable[..., Path], *args: object, **options: object) -> Path:
-    """Call it and take back what SVT-AV1 does as root: real-time priority for the caller and all its children."""
+    """Call it and take back what SVT-AV1 does as root: real-time priority for caller and children."""
     policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         return make(*args, **options)
