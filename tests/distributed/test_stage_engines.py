@@ -73,7 +73,9 @@ def test_a_stage_in_bf16_is_near_plain_torchs(name, zero_stage):
         for n, expected in weights.items():
             found = ours[0][kind][n]
             assert found.dtype == torch.float32
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+            # Three steps of 1e-3: AdamW makes a full step of a gradient that rounding leaves without a sign.
+            assert (found - expected).abs().mean() < 1e-4
+            torch.testing.assert_close(found, expected, rtol=0, atol=3e-3)
 
 
 BESIDE_A_GPU = """
