@@ -7,6 +7,7 @@ Run the same command again and it goes on where it stopped.
 """
 
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from raydistill.config.distill import DistillConfig
 from raydistill.config.load import dump, from_command_line, run
 from raydistill.errors import DistillError, MissingArtifact, disk_full_explained
 from raydistill.evaluation.analysis_plots import draw_analysis
+from raydistill.experts import checkpoint
 from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
 from raydistill.experts.stages import build_segment
@@ -163,11 +165,18 @@ def main() -> None:
         distil(config, store, digests)
 
 
+def finished(config: DistillConfig) -> bool:
+    """Whether every stage has its last checkpoint: then Ray need not start to write the student again."""
+    stages = {"semantic": config.semantic} | ({} if config.experts == "single" else {"detail": config.detail})
+    newest = {name: checkpoint.newest_verified(Path(config.output), name) for name in stages}
+    return all(path and checkpoint.read_state(path).step >= stages[n].num_steps for n, path in newest.items())
+
+
 def distil(config: DistillConfig, store: LatentStore, digests: dict[str, str]) -> None:
     """Train the stages on Ray, export the student."""
     output = Path(config.output)
     dump(config, output / "config.yaml")
-    with cluster(config.scale):
+    with nullcontext() if finished(config) else cluster(config.scale):
         semantic = run_stage(config, "semantic", store, None, digests)
         detail = None if config.experts == "single" else run_stage(config, "detail", store, semantic, digests)
     damaged = [path for path in output.glob("quarantine-*.jsonl") if path.stat().st_size]
