@@ -291,9 +291,8 @@ def test_the_analysis_keeps_to_the_micro_batch_and_the_figures_do_not_depend_on_
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-5)
 
 
-def test_an_analysis_on_a_gpu_that_is_not_there_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
+def test_an_analysis_on_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InvalidValue, match=r"scale\.use_gpu"):
         analyse(replace(CONFIG, scale=ScaleConfig(num_workers=1, use_gpu=True)), _row, 8, report=print)
 
