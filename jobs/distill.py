@@ -23,7 +23,7 @@ from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
 from raydistill.experts.stages import build_segment
 from raydistill.experts.tracking import require_installed
-from raydistill.experts.worker import Run, load_result, require_own_checkpoints, settings_of, train
+from raydistill.experts.worker import Run, load_result, settings_of, train
 from raydistill.models.wan import load_teacher, require_fit
 from raydistill.sampler import SamplingPlan, build_plan, plan_times, with_tail
 from raydistill.student import Card, save_student
@@ -57,14 +57,10 @@ def run_stage(
     row = store.row(0)
     told = Run(
         config=config,
-        settings=settings_of(config, name, digests),
-        plan=plan.state(0),
         batches=partial(batches_of, plan),
         example=(torch.from_numpy(row.latents.copy())[None], torch.from_numpy(row.text.copy())[None]),
         semantic=semantic,
     )
-
-    require_own_checkpoints(told, name)
 
     def feed_from(start_step: int):
         return feed(
@@ -81,7 +77,9 @@ def run_stage(
         train,
         config=told,
         scale=config.scale,
-        stage=name,
+        state=checkpoint.TrainState(
+            stage=name, step=0, settings=settings_of(config, name, digests), plan=plan.state(0)
+        ),
         num_steps=stage.num_steps,
         run_dir=config.output,
         feed=data,
@@ -166,9 +164,12 @@ def main() -> None:
 
 
 def finished(config: DistillConfig) -> bool:
-    """Whether every stage has its last checkpoint: then Ray need not start to write the student again."""
+    """Whether every stage seems to have its last checkpoint, so that one Ray for both need not be started.
+
+    Goes by sizes alone; `launch` reads every byte, and starts a Ray of its own should one be wrong.
+    """
     stages = {"semantic": config.semantic} | ({} if config.experts == "single" else {"detail": config.detail})
-    newest = {name: checkpoint.newest_verified(Path(config.output), name) for name in stages}
+    newest = {n: checkpoint.newest_verified(Path(config.output), n, contents=False) for n in stages}
     return all(path and checkpoint.read_state(path).step >= stages[n].num_steps for n, path in newest.items())
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray.cloudpickle
 import ray.train
 import torch
 from ray.data import Dataset, ExecutionOptions
@@ -36,6 +37,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from raydistill.config.distill import ScaleConfig
 from raydistill.errors import DistillError, IncompatibleCheckpoint, InvalidValue
 from raydistill.experts import checkpoint
+from raydistill.experts.checkpoint import TrainState
 from raydistill.experts.progress import forget_after, progress, read_metrics
 from raydistill.flow import connect, raised_by_us
 
@@ -58,7 +60,8 @@ class Worker:
 
     config: Any
     """What `launch` was given."""
-    stage: str
+    state: TrainState
+    """What the run's checkpoints say, but for the step."""
     run_dir: Path
     rank: int
     world_size: int
@@ -69,6 +72,11 @@ class Worker:
     """Verified checkpoint to load, if any."""
     shard: Any = field(repr=False)
     """This worker's share of the feed from `start_step` on, a Ray DataIterator; None without a feed."""
+
+    @property
+    def stage(self) -> str:
+        """'semantic' or 'detail'."""
+        return self.state.stage
 
 
 Train = Callable[[Worker], None]
@@ -81,7 +89,7 @@ def launch(
     *,
     config: Any,
     scale: ScaleConfig,
-    stage: str,
+    state: TrainState,
     num_steps: int,
     run_dir: str | Path,
     feed: Feed | None = None,
@@ -90,29 +98,29 @@ def launch(
     """Run `train(worker)` on every worker until the stage's last checkpoint is there; return that checkpoint.
 
     `run_dir` must be one place for the driver and all workers: a local folder, or shared storage.
-    `train` is a module-level function; it loads `worker.resume_from` and saves through `checkpoint.save`.
+    `state` says which stage of which run this is; its step is not looked at. `train` is a module-level
+    function; it loads `worker.resume_from` and saves through `checkpoint.save`. Ray is started if it is not
+    connected, but not for a stage that is done.
     Errors that raydistill raises on purpose come back as they were and are not retried; lost workers are, as
     often as `scale.max_failures` says, from the newest sound checkpoint. Raises InvalidValue if a worker does
-    not see `run_dir`.
+    not see `run_dir`, IncompatibleCheckpoint if it holds the checkpoints of another run, or any without
+    `resume`.
     """
-    run_dir = Path(run_dir).resolve()
+    run_dir, stage, stuck_at = Path(run_dir).resolve(), state.stage, -1
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not resume and checkpoint.newest_verified(run_dir, stage):
-        raise IncompatibleCheckpoint(
-            f"{run_dir} has checkpoints of '{stage}': resume, or choose another output"
-        )
-    stuck_at = -1
     for attempt in range(scale.max_failures + 1):
         checkpoint.remove_unfinished(run_dir)
         newest = checkpoint.newest_verified(run_dir, stage)
+        if newest and not attempt:
+            _require_ours(newest, state, resume)
         start = checkpoint.read_state(newest).step if newest else 0
         if newest and start >= num_steps:
             return newest
         forget_after(run_dir, stage, start)
-        told = {"train": train, "config": config, "stage": stage, "run_dir": run_dir, "start_step": start}
+        told = {"train": train, "config": config, "state": state, "run_dir": run_dir, "start_step": start}
         told |= {"resume_from": newest, "threads": scale.threads_per_worker, "fed": feed is not None}
         try:
-            with progress(run_dir, stage, start, num_steps):
+            with cluster(scale), progress(run_dir, stage, start, num_steps):
                 _fit(told, scale, feed(start) if feed else None)
             break
         except TrainingFailedError as failure:
@@ -122,6 +130,15 @@ def launch(
             logger.warning("'%s' was interrupted (%s), resuming: %s", stage, count, _summary(failure))
             stuck_at = start
     return _last_checkpoint(run_dir, stage, num_steps)
+
+
+def _require_ours(newest: Path, state: TrainState, resume: bool) -> None:
+    """Refuse a folder of another run, or of any without `resume`, also where nothing is left to do."""
+    if not resume:
+        raise IncompatibleCheckpoint(
+            f"{newest.parents[1]} has checkpoints of '{state.stage}': resume, or choose another output"
+        )
+    checkpoint.require_same_run(newest, state)
 
 
 def _last_checkpoint(run_dir: Path, stage: str, num_steps: int) -> Path:
@@ -155,7 +172,8 @@ def _fit(told: dict[str, Any], scale: ScaleConfig, dataset: Dataset | None) -> N
         dataset.context.enable_progress_bars = False  # our own shows what matters
     trainer = TorchTrainer(
         _train_loop,
-        train_loop_config=told | {"token": token},
+        # In bytes: Ray Train's controller, a process of its own, need not import what only workers run.
+        train_loop_config={"told": ray.cloudpickle.dumps(told | {"token": token})},
         torch_config=TorchConfig(backend="nccl" if scale.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.num_workers,
@@ -164,7 +182,7 @@ def _fit(told: dict[str, Any], scale: ScaleConfig, dataset: Dataset | None) -> N
         ),
         run_config=RunConfig(
             # A name used before would make Ray resume by itself.
-            name=f"{told['stage']}-{uuid.uuid4().hex[:8]}",
+            name=f"{told['state'].stage}-{uuid.uuid4().hex[:8]}",
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=0),
             logging_config=LoggingConfig(log_level="ERROR"),  # `launch` says what is worth saying
@@ -181,9 +199,9 @@ def _fit(told: dict[str, Any], scale: ScaleConfig, dataset: Dataset | None) -> N
         shutil.rmtree(storage, ignore_errors=True)  # our checkpoints are elsewhere
 
 
-def _train_loop(told: dict[str, Any]) -> None:
+def _train_loop(config: dict[str, bytes]) -> None:
     """Runs in every worker process."""
-    told = dict(told)
+    told: dict[str, Any] = ray.cloudpickle.loads(config["told"])
     train, fed = told.pop("train"), told.pop("fed")
     torch.set_num_threads(told.pop("threads"))
     context = ray.train.get_context()

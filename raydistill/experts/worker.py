@@ -26,10 +26,6 @@ class Run:
     """What every worker of a run is told; plain values and functions, so that it can travel."""
 
     config: DistillConfig
-    settings: Mapping[str, Any]
-    """What shapes the numbers, see `settings_of`."""
-    plan: Mapping[str, Any]
-    """The data plan's integers, without the step."""
     batches: Callable[[Worker, int], Iterator[Batch]]
     """(worker, micro batch) -> this worker's micro-batches from worker.start_step on."""
     example: tuple[Tensor, Tensor]
@@ -53,26 +49,14 @@ def settings_of(config: DistillConfig, stage: str, digests: Mapping[str, str]) -
     return {**values, "precision": config.engine.precision, **digests}
 
 
-def require_own_checkpoints(run: Run, stage: str) -> None:
-    """Refuse an output folder that another run began, also where it finished and nothing would be left to do.
-
-    Raises IncompatibleCheckpoint, naming every setting that differs.
-    """
-    newest = checkpoint.newest_verified(Path(run.config.output), stage)
-    if newest is not None:
-        expected = checkpoint.TrainState(stage=stage, step=0, settings=run.settings, plan=run.plan)
-        checkpoint.require_same_run(newest, expected)
-
-
 def train(worker: Worker) -> None:
     """Train `worker.stage` to its end; given to `launch`, which calls it in every worker process."""
     run: Run = worker.config
     config = run.config
     stage = _build(run, worker)
-    state = checkpoint.TrainState(stage=worker.stage, step=0, settings=run.settings, plan=run.plan)
     if worker.resume_from is not None:
         files = {AVERAGES: stage.load_averages}
-        checkpoint.load(worker.resume_from, state, engines=stage.engines(), extra=files)
+        checkpoint.load(worker.resume_from, worker.state, engines=stage.engines(), extra=files)
     tracker = Tracker(config.tracking, worker.run_dir, asdict(config)) if worker.rank == 0 else None
 
     def report(step: int, figures: dict[str, float]) -> None:
@@ -81,7 +65,7 @@ def train(worker: Worker) -> None:
 
     def save(step: int) -> None:
         extra = {AVERAGES: stage.save_averages}
-        reached = replace(state, step=step)
+        reached = replace(worker.state, step=step)
         checkpoint.save(worker.run_dir, reached, engines=stage.engines(), extra=extra, keep=config.keep)
 
     batches = on_device(run.batches(worker, stage.config.micro_batch), worker)

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -125,4 +125,4 @@ def train_and_record(worker: Worker) -> None:
     seen = samples_of(list(iter_batches(worker.shard, plan, *place)))
     lines = [hashlib.sha256(b"%d:" % g + sample).hexdigest() for g, sample in seen]
     (worker.run_dir / f"rank-{worker.rank}").write_text("\n".join(lines))
-    checkpoint.save(worker.run_dir, checkpoint.TrainState(stage=worker.stage, step=num_steps), engines={})
+    checkpoint.save(worker.run_dir, replace(worker.state, step=num_steps), engines={})

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from raydistill.experts.launch import Worker
 
 NUM_STEPS, BATCH, SAVE_EVERY = 12, 8, 3
 SETTINGS = {"zero_stage": 2}
+STATE = TrainState(stage="semantic", step=0, settings=SETTINGS)
 
 
 def feed(start_step: int):
@@ -81,9 +83,8 @@ def note_and_raise(worker: Worker) -> None:
 def train(worker: Worker) -> None:
     """Resume, train, save; meet the accident that the config asks for."""
     engine = build(**SETTINGS)
-    expected = TrainState(stage=worker.stage, step=0, settings={"zero_stage": 2})
     if worker.resume_from:
-        checkpoint.load(worker.resume_from, expected, engines={"student": engine})
+        checkpoint.load(worker.resume_from, worker.state, engines={"student": engine})
     assert engine.steps == worker.start_step
     blocks = worker.shard.iter_batches(batch_size=BATCH // worker.world_size, batch_format="numpy")
     for step, rows in enumerate(blocks, worker.start_step):
@@ -93,7 +94,7 @@ def train(worker: Worker) -> None:
         loss = one_step(engine, rows["index"])
         record(worker, engine, loss)
         if engine.steps % SAVE_EVERY == 0:
-            state = TrainState(stage=worker.stage, step=engine.steps, settings=expected.settings)
+            state = replace(worker.state, step=engine.steps)
             checkpoint.save(worker.run_dir, state, engines={"student": engine})
     keep_weights(engine, worker.run_dir / "final.safetensors")
 

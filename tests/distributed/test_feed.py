@@ -22,6 +22,7 @@ from feed_cases import (
 from raydistill.artifacts import LatentStore
 from raydistill.config.distill import ScaleConfig
 from raydistill.errors import CorruptArtifact
+from raydistill.experts.checkpoint import TrainState
 from raydistill.experts.launch import launch
 from raydistill.flow import connect
 from raydistill.trajectories import flow
@@ -95,7 +96,7 @@ def test_ray_train_delivers_the_same(stores, plan, tmp_path):
         train_and_record,
         config=(plan, 2, NUM_STEPS),
         scale=ScaleConfig(num_workers=2, cpus_per_worker=0.5, max_failures=0),
-        stage="semantic",
+        state=TrainState(stage="semantic", step=0),
         num_steps=NUM_STEPS,
         run_dir=tmp_path,
         feed=lambda start: feed(

@@ -15,6 +15,7 @@ from gloo_ranks import run_ranks
 from launch_cases import (
     NUM_STEPS,
     SAVE_EVERY,
+    STATE,
     feed,
     feed_with_a_bug,
     note_and_raise,
@@ -58,7 +59,7 @@ def local_ray():
 def run(run_dir: Path, **accident) -> Path:
     """Launch the small training."""
     return launch(
-        train, config=accident, scale=SCALE, stage="semantic", num_steps=NUM_STEPS, run_dir=run_dir, feed=feed
+        train, config=accident, scale=SCALE, state=STATE, num_steps=NUM_STEPS, run_dir=run_dir, feed=feed
     )
 
 
@@ -94,16 +95,13 @@ def test_our_errors_come_back_as_they_are(local_ray, tmp_path):
     assert (tmp_path / "accidents").read_text() == "0 4\n"
     assert newest_verified(tmp_path, "semantic").name == "semantic-step-000003"
     with pytest.raises(IncompatibleCheckpoint, match="resume"):
-        launch(train, config={}, scale=SCALE, stage="semantic", num_steps=9, run_dir=tmp_path, resume=False)
-    assert launch(
-        train, config={}, scale=SCALE, stage="semantic", num_steps=3, run_dir=tmp_path
-    ).name.endswith("3")
+        launch(train, config={}, scale=SCALE, state=STATE, num_steps=9, run_dir=tmp_path, resume=False)
 
 
 def test_a_bug_before_the_first_step_is_not_tried_again(local_ray, tmp_path):
     """Neither one of the training function nor one of the data's loaders, though Ray wraps that one."""
     accident = {"kind": "none", "step": -1, "rank": -1}
-    what = {"config": accident, "scale": SCALE, "stage": "semantic", "num_steps": NUM_STEPS}
+    what = {"config": accident, "scale": SCALE, "state": STATE, "num_steps": NUM_STEPS}
     with pytest.raises(WorkerGroupError, match=r"size mismatch|inconsistent tensor size"):
         launch(note_and_raise, run_dir=tmp_path / "train", **what)
     assert (tmp_path / "train" / "accidents").read_text() == "started\n" * SCALE.num_workers

@@ -18,7 +18,7 @@ from raydistill.models.codec import build_tiny_codec
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.student import load_student
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT, SHM = Path(__file__).resolve().parents[2], Path("/dev/shm")
 pytestmark = pytest.mark.e2e
 
 NUM_STEPS = 8
@@ -29,7 +29,8 @@ TWO = ("scale.num_workers=2", "engine.zero_stage=2")
 def job(name, *settings, meanwhile=None):
     """Run a job as its user would; return what it said. No process and no shared memory may be left."""
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, settings)]
-    before, mark = set(Path("/dev/shm").iterdir()), f"e2e-{uuid.uuid4()}"
+    mark = f"e2e-{uuid.uuid4()}"
+    before = set(SHM.iterdir())
     environment = os.environ | {
         "RAYDISTILL_E2E": mark
     }  # Ray's processes outlive their parents; this they keep
@@ -40,11 +41,11 @@ def job(name, *settings, meanwhile=None):
         out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-4000:]
     for _ in range(300):  # Ray's workers are niced: on a busy machine they take their time to go
-        if not (left := marked(mark)):
+        left = marked(mark), set(SHM.iterdir()) - before
+        if not any(left):
             break
         time.sleep(0.1)
-    assert not left
-    assert set(Path("/dev/shm").iterdir()) <= before
+    assert not any(left), left
     return out + err
 
 

@@ -1,0 +1,79 @@
+"""A run whose stages are done: nothing is started, every byte is read once, and no other run may have it."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from test_checkpoint_torn import advance, asked_for, roles, save
+
+from raydistill.artifacts import Manifest
+from raydistill.config.distill import DetailConfig, DistillConfig, OptimizerConfig, ScaleConfig, StageConfig
+from raydistill.errors import IncompatibleCheckpoint
+from raydistill.experts.launch import launch
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 2
+SIZES = {"num_steps": NUM_STEPS, "optimizer": OptimizerConfig(warmup_steps=0)}
+
+
+@pytest.fixture(scope="module")
+def distill():
+    """jobs/distill.py as a module."""
+    spec = importlib.util.spec_from_file_location("distill_job", ROOT / "jobs" / "distill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """Both stages at their last step."""
+    for stage in ("semantic", "detail"):
+        engines = roles()
+        for _ in range(NUM_STEPS):
+            advance(engines)
+        save(tmp_path, engines, stage=stage)
+    return tmp_path
+
+
+def nobody(worker):
+    raise AssertionError("a worker was started")
+
+
+def again(run_dir, **others):
+    """Launch the semantic stage that is done."""
+    asked = {"state": asked_for(), "num_steps": NUM_STEPS} | others
+    return launch(nobody, config=None, scale=ScaleConfig(num_workers=1), run_dir=run_dir, **asked)
+
+
+def test_a_stage_that_is_done_starts_nothing_and_is_read_once(run_dir, monkeypatch):
+    read, verify = [], Manifest.verify
+
+    def watched(self, folder, *, contents=True):
+        read.append((folder.name, contents))
+        return verify(self, folder, contents=contents)
+
+    monkeypatch.setattr(Manifest, "verify", watched)
+    last = again(run_dir)
+    assert last == run_dir / "checkpoints" / f"semantic-step-{NUM_STEPS:06d}"
+    assert read == [(last.name, True)]
+    assert not ray.is_initialized()
+
+
+def test_a_stage_that_is_done_belongs_to_its_run(run_dir):
+    with pytest.raises(IncompatibleCheckpoint, match="boundary"):
+        again(run_dir, state=asked_for(settings={"seed": 7, "boundary": 0.7}))
+    with pytest.raises(IncompatibleCheckpoint, match="resume, or choose another output"):
+        again(run_dir, resume=False)
+
+
+def test_finished_is_both_stages_at_their_last_step(distill, run_dir):
+    config = DistillConfig(output=str(run_dir), semantic=StageConfig(**SIZES), detail=DetailConfig(**SIZES))
+    assert distill.finished(config)
+    assert not distill.finished(replace(config, semantic=replace(config.semantic, num_steps=NUM_STEPS + 1)))
+    (part,) = run_dir.glob("checkpoints/detail-*/student/*.safetensors")
+    part.write_bytes(part.read_bytes()[:-1])
+    assert not distill.finished(config)
+    assert distill.finished(replace(config, experts="single"))
