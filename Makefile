@@ -37,9 +37,10 @@ test: test-unit test-cluster
 test-unit: install
 	python -m pytest -n 2 --dist loadfile tests/unit tests/property
 
-# One after the other: each starts processes of its own, and there may be no more than two cores.
+# Two files at a time, the longest first: each test starts processes of its own, and waits for them half of its time.
 test-cluster: install
-	python -m pytest --durations 10 $(wildcard tests/distributed tests/e2e tests/device)
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 \
+		$(wildcard tests/e2e/test_main_job.py tests/e2e tests/distributed tests/device)
 
 check: install
 	ruff format --check --diff --quiet .

@@ -2,24 +2,23 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_cases import ENGINES, LOW, PAIRS, adversarial, continued, everything, outcome
 from gloo_ranks import run_ranks
+from shared_memory import shared_memory
 
 pytestmark = pytest.mark.distributed
-SHM = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Results of both ranks, and what their job left in /dev/shm."""
     folder = tmp_path_factory.mktemp("parts")
-    before = set(SHM.iterdir())
+    before = shared_memory()
     both = run_ranks(everything, 2, folder)
-    return {"both": both, "folder": folder, "left": set(SHM.iterdir()) - before}
+    return {"both": both, "folder": folder, "left": shared_memory() - before}
 
 
 def distance(ours: dict, theirs: dict) -> float:

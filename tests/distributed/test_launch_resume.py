@@ -25,6 +25,7 @@ from launch_cases import (
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError, UserCodeException
 from ray.train import WorkerGroupError
 from safetensors.numpy import load_file
+from shared_memory import shared_memory
 
 from raydistill.config.distill import ScaleConfig
 from raydistill.errors import DistillError, IncompatibleCheckpoint, InvalidValue, NonFiniteLoss
@@ -48,12 +49,12 @@ SCALE = ScaleConfig(num_workers=2, cpus_per_worker=0.5, max_failures=2)
 @pytest.fixture(scope="module")
 def local_ray():
     """A Ray of our own, or the one the test session has; our own must leave nothing behind."""
-    ours, before = not ray.is_initialized(), set(Path("/dev/shm").iterdir())
+    ours, before = not ray.is_initialized(), shared_memory()
     with cluster(SCALE):
         yield
     if ours:
         assert not ray.is_initialized()
-        assert set(Path("/dev/shm").iterdir()) <= before
+        assert shared_memory() <= before
 
 
 def run(run_dir: Path, **accident) -> Path:

@@ -19,6 +19,7 @@ import ray
 from PIL import Image
 from prepare_cases import ROOT, actors_after, descendants, digests, prepare, settings, sprites
 from ray.data import DataContext
+from shared_memory import shared_memory
 
 from raydistill.artifacts import LatentStore, Manifest
 from raydistill.errors import MissingArtifact, PrepareError
@@ -36,12 +37,12 @@ from raydistill.world.sprites import Attributes, held_out
 
 @pytest.fixture(scope="module")
 def cluster():
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     ours = not ray.is_initialized()
     with connect(num_cpus=2, object_store_mib=200):
         yield
     if ours:
-        assert set(os.listdir("/dev/shm")) <= before
+        assert shared_memory() <= before
 
 
 @pytest.fixture(scope="module")

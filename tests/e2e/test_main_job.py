@@ -13,12 +13,13 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared_memory import shared_memory
 
 from raydistill.models.codec import build_tiny_codec
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.student import load_student
 
-ROOT, SHM = Path(__file__).resolve().parents[2], Path("/dev/shm")
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.e2e
 
 NUM_STEPS = 8
@@ -30,7 +31,7 @@ def job(name, *settings, meanwhile=None):
     """Run a job as its user would; return what it said. No process and no shared memory may be left."""
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, settings)]
     mark = f"e2e-{uuid.uuid4()}"
-    before = set(SHM.iterdir())
+    before = shared_memory()
     environment = os.environ | {
         "RAYDISTILL_E2E": mark
     }  # Ray's processes outlive their parents; this they keep
@@ -41,7 +42,7 @@ def job(name, *settings, meanwhile=None):
         out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-4000:]
     for _ in range(300):  # Ray's workers are niced: on a busy machine they take their time to go
-        left = marked(mark), set(SHM.iterdir()) - before
+        left = marked(mark), shared_memory() - before
         if not any(left):
             break
         time.sleep(0.1)
