@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-# Ray's workers look up `python`, and DeepSpeed `ninja`, on PATH.
+# Ray's workers look up `python` on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Two processes with a pool of threads each are slower than two with one thread each.
 export OMP_NUM_THREADS ?= 1

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 
 from raydistill.artifacts import LatentStore, tree_digest
-from raydistill.config.distill import DistillConfig
+from raydistill.config.distill import DistillConfig, StageConfig
 from raydistill.config.load import dump, from_command_line, run
-from raydistill.errors import DistillError, MissingArtifact, disk_full_explained
+from raydistill.errors import DistillError, InvalidValue, MissingArtifact, disk_full_explained
 from raydistill.evaluation.analysis_plots import draw_analysis
 from raydistill.experts import checkpoint
 from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
 from raydistill.experts.stages import build_segment
 from raydistill.experts.tracking import require_installed
-from raydistill.experts.worker import Run, load_result, settings_of, train
+from raydistill.experts.worker import SETTINGS, Run, load_result, settings_of, train
 from raydistill.models.wan import load_teacher, require_fit
 from raydistill.sampler import SamplingPlan, build_plan, plan_times, with_tail
 from raydistill.student import Card, save_student
@@ -53,6 +53,7 @@ def run_stage(
 ) -> Path:
     """Run one stage on Ray and return its last checkpoint."""
     stage = config.semantic if name == "semantic" else config.detail
+    settings = settings_of(config, name, digests, semantic)
     plan = build_data_plan(config, store, stage.global_batch)
     row = store.row(0)
     told = Run(
@@ -77,9 +78,7 @@ def run_stage(
         train,
         config=told,
         scale=config.scale,
-        state=checkpoint.TrainState(
-            stage=name, step=0, settings=settings_of(config, name, digests), plan=plan.state(0)
-        ),
+        state=checkpoint.TrainState(stage=name, step=0, settings=settings, plan=plan.state(0)),
         num_steps=stage.num_steps,
         run_dir=config.output,
         feed=data,
@@ -122,8 +121,11 @@ def export(
     return folder
 
 
-def check(config: DistillConfig, store: LatentStore) -> dict[str, str]:
-    """Find whatever would stop the run later, before anything is started; return the inputs' digests."""
+def check(config: DistillConfig, store: LatentStore, *, analyse: bool = False) -> dict[str, str]:
+    """Find whatever would stop the run later, before anything is started; return the inputs' digests.
+
+    The analysis needs neither boundary nor plans: it proposes the first.
+    """
     require_installed(config.tracking)
     if not (Path(config.codec) / "config.json").is_file():
         raise MissingArtifact(f"no codec at {config.codec}: codec= names the folder that made {config.data}")
@@ -131,10 +133,20 @@ def check(config: DistillConfig, store: LatentStore) -> dict[str, str]:
     store.require_codec(codec)
     row = store.row(0)
     require_fit(config.teacher, row.latents.shape, row.text.shape)
-    for stage in ("semantic",) if config.experts == "single" else ("semantic", "detail"):
-        build_segment(config, stage)
-    plans_of(config)
+    if not analyse:
+        for stage in ("semantic",) if config.experts == "single" else ("semantic", "detail"):
+            build_segment(config, stage)
+            require_frames(config, stage, row.latents.shape[1])
+        plans_of(config)
     return {"teacher": tree_digest(config.teacher), "codec": codec, "latents": store.fingerprint}
+
+
+def require_frames(config: DistillConfig, name: str, frames: int) -> None:
+    """Temporal coherence compares latent frames so far apart; there must be two such."""
+    stage: StageConfig = getattr(config, name)
+    objective, key = stage.objective, f"{name}.objective.coherence_stride"
+    if objective.temporal_coherence and frames <= objective.coherence_stride:
+        raise InvalidValue(key, objective.coherence_stride, f"below the {frames} frames of these latents")
 
 
 def analyse_teacher(config: DistillConfig, store: LatentStore) -> None:
@@ -154,12 +166,13 @@ def main() -> None:
     """Check everything, then train both stages and export the student."""
     config, switches = from_command_line(DistillConfig, sys.argv[1:], switches=SWITCHES)
     store = LatentStore(config.data)
-    digests = check(config, store)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    if "analyse" in switches:
+    output, only_analyse = Path(config.output), "analyse" in switches
+    digests = check(config, store, analyse=only_analyse)
+    output.mkdir(parents=True, exist_ok=True)
+    if only_analyse:
         analyse_teacher(config, store)
         return
-    with disk_full_explained(Path(config.output), DistillError):
+    with disk_full_explained(output, DistillError), checkpoint.alone_in(output):
         distil(config, store, digests)
 
 
@@ -170,16 +183,16 @@ def finished(config: DistillConfig) -> bool:
     """
     stages = {"semantic": config.semantic} | ({} if config.experts == "single" else {"detail": config.detail})
     newest = {n: checkpoint.newest_verified(Path(config.output), n, contents=False) for n in stages}
-    return all(path and checkpoint.read_state(path).step >= stages[n].num_steps for n, path in newest.items())
+    return all(checkpoint.step_of(path) >= stages[name].num_steps for name, path in newest.items())
 
 
 def distil(config: DistillConfig, store: LatentStore, digests: dict[str, str]) -> None:
     """Train the stages on Ray, export the student."""
     output = Path(config.output)
-    dump(config, output / "config.yaml")
     with nullcontext() if finished(config) else cluster(config.scale):
         semantic = run_stage(config, "semantic", store, None, digests)
         detail = None if config.experts == "single" else run_stage(config, "detail", store, semantic, digests)
+    dump(config, output / SETTINGS)  # also where nothing was left to train, and other plans are asked for
     damaged = [path for path in output.glob("quarantine-*.jsonl") if path.stat().st_size]
     if damaged:
         print(f"damaged rows were replaced by others: {', '.join(map(str, damaged))}")

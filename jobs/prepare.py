@@ -163,11 +163,12 @@ def encode(
     write_quarantine(
         folder, "listing", [{**i.to_json(), "stage": "list"} for i in settled if i.reason not in FILTERED]
     )
-    tally.add([("filtered" if i.reason in FILTERED else "quarantined", i.reason) for i in settled])
+    outcomes = [("filtered" if i.reason in FILTERED else "quarantined", i.reason) for i in settled]
+    tally.add(outcomes, neighbours=False)
     done = find_finished(config, identity, folder, shards)
     for manifest in done.values():
         tally.add_shard(manifest.facts)
-    earlier = tally.clips, tally.video_s
+    tally.clips_before, seconds_before = tally.clips, tally.video_s
     todo = [s for s in shards if s.name not in done]
     if todo:
         (folder / MANIFEST).unlink(missing_ok=True)  # what it names is about to be written again
@@ -176,7 +177,7 @@ def encode(
         for manifest in decode_and_encode(config, identity, folder, todo) if todo else ():
             done[next(iter(manifest.files)).removesuffix(".parquet")] = manifest
             tally.add_shard(manifest.facts)
-            new = {"clips": tally.clips - earlier[0], "video_s": tally.video_s - earlier[1]}
+            new = {"clips": tally.clips - tally.clips_before, "video_s": tally.video_s - seconds_before}
             progress.show(tally.seen, bad=tally.bad, **new)
     tally.require_complete()
     write_artifact(folder, [done[s.name] for s in shards], whole, facts=tally.counts())
@@ -245,12 +246,16 @@ def prepare(config: PrepareConfig) -> Path:
         folder = Path(config.output) / made[:12]
         tally = encode(config, identity, whole, folder, inputs)
         point_to(config.output, made[:12], made)
-    seconds = time.monotonic() - began
-    stats = {**tally.counts(), "seconds": round(seconds, 3), "clips_per_s": round(tally.clips / seconds, 3)}
-    write_json(folder / "stats.json", {**stats, "fingerprint": made})
+    seconds, made_now = time.monotonic() - began, tally.clips - tally.clips_before
+    speed = {
+        "seconds": round(seconds, 3),
+        "clips_made": made_now,
+        "clips_per_s": round(made_now / seconds, 3),
+    }
+    write_json(folder / "stats.json", {**tally.counts(), **speed, "fingerprint": made})
     dump(config, folder / "config.yaml")
     print(tally.summary())
-    print(f"{tally.clips} clips, {tally.video_s:.0f} s of video, in {seconds:.1f} s")
+    print(f"{tally.clips} clips, {tally.video_s:.0f} s of video; {made_now} made now, in {seconds:.1f} s")
     print(f"latents: {folder} (fingerprint {made})")
     return folder
 

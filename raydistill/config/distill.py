@@ -245,7 +245,7 @@ class SamplingConfig:
     semantic_tail: tuple[int, ...] = (2,)
     """Steps of a semantic expert after which the teacher finishes; 2 is stored as '2+tail'."""
     times: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-    """Plans of your own by name: times from 1 to 0, one of them the boundary, as in mine=[1,0.86,0.72,0]."""
+    """Plans of your own by name: times from 1 to 0, one of them the boundary, as in mine=[1,0.86,0.74,0]."""
 
     def __post_init__(self):
         """Check ranges."""
@@ -271,7 +271,7 @@ class DistillConfig:
     experts: Literal["dual", "single", "dual_full"] = "dual"
     """`dual`: semantic + LoRA detail; `dual_full`: two whole networks; `single`: the semantic stage alone,
     over the whole range (a plain consistency model)."""
-    boundary: float = 0.72
+    boundary: float = 0.74
     """Time at which the semantic expert hands over, in (0, 1); it belongs to the detail expert."""
     grid: GridConfig = field(default_factory=GridConfig)
     """Times of the teacher's path."""

@@ -1,5 +1,6 @@
 """What `jobs/prepare.py` takes. Defaults are the small world's run on two CPU cores."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -175,13 +176,14 @@ class ClusterConfig:
 
     num_cpus: int = 0
     """Logical CPUs; 0: as many as the machine has."""
-    object_store_mib: int = 512
-    """Shared memory for data between processes, in MiB."""
+    object_store_mib: int = 0
+    """Shared memory for data between processes, in MiB, 80 or more; 0: as Ray sees fit, 30 % of it all."""
 
     def __post_init__(self):
         """Check ranges."""
         _at_least("cluster.num_cpus", self.num_cpus, 0)
-        _at_least("cluster.object_store_mib", self.object_store_mib, 80)
+        if self.object_store_mib:
+            _at_least("cluster.object_store_mib", self.object_store_mib, 80)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +220,10 @@ class PrepareConfig:
             size = f"decoded, a shard would take {clips_gib:.1f} GiB, {BLOCK_GIB:g} is the limit"
             hint = "lower it, or clip.max_clips_per_video, height, width"
             raise InvalidValue("shard.files_per_shard", self.shard.files_per_shard, f"{size}: {hint}")
+        store, needed = self.cluster.object_store_mib, math.ceil(2 * 1024 * clips_gib)
+        if 0 < store < needed:
+            expected = f"0, or at least {needed}: two decoded shards"
+            raise InvalidValue("cluster.object_store_mib", store, expected)
 
 
 def _at_least(key: str, value: float, low: float) -> None:

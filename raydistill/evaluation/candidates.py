@@ -16,7 +16,7 @@ from raydistill.consistency.solver import guided
 from raydistill.errors import InvalidValue, MissingArtifact, SamplingError, StaleArtifact
 from raydistill.models.protocols import VelocityField
 from raydistill.models.wan import load_teacher
-from raydistill.sampler import SamplingPlan, teacher_plan, with_head, with_tail
+from raydistill.sampler import Path, SamplingPlan, teacher_plan, with_head, with_tail
 from raydistill.student import Card, Student, load_student
 
 TEACHER, TAIL, HEAD = "teacher", "semantic + teacher tail", "teacher head + detail"
@@ -185,7 +185,7 @@ def _plans(
             ("semantic {} + tail", TAIL, with_tail, config.semantic_tail),
             ("head + detail {}", HEAD, with_head, config.head_detail),
         ):
-            mixed = partial(make, boundary=card.boundary, grid=card.grid)
+            mixed = partial(make, boundary=card.boundary, grid=card.grid, path=_stored_path(student))
             asked += [
                 (prefix + what.format(steps), prefix + group, partial(mixed, steps)) for steps in counts
             ]
@@ -194,6 +194,13 @@ def _plans(
             yield label, group, make()
         except (SamplingError, InvalidValue) as impossible:
             yield label, group, impossible
+
+
+def _stored_path(student: Student) -> Path:
+    """How the student's own plans are followed, so that its mixtures with the teacher are too."""
+    for plan in student.plans.values():
+        return plan.path
+    return "deterministic"
 
 
 def _on_path(student: Student, steps: int, path: str) -> SamplingPlan:

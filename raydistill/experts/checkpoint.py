@@ -15,11 +15,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from raydistill.artifacts import MANIFEST, Manifest, differences, file_entry, write_json
 from raydistill.errors import (
@@ -37,6 +39,7 @@ from raydistill.experts.plain_engine import rank_and_size
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+LOCK = ".lock"
 FileIO = Callable[[Path], None]
 """Writes, or reads, one file."""
 _NAME = re.compile(r"(?P<stage>.+)-step-(?P<step>\d{6,})")
@@ -79,7 +82,7 @@ def save(
     with disk_full_explained(folder, DistillError):
         _write(folder, state, engines, extra or {})
         if rank_and_size()[0] == 0:
-            prune(run_dir, state.stage, keep)
+            prune(run_dir, state, keep)
     _wait()
     return folder
 
@@ -149,8 +152,14 @@ def require_same_run(folder: Path, expected: TrainState) -> TrainState:
 
 
 def read_state(folder: Path) -> TrainState:
-    """Return what `state.json` says."""
+    """Return what `state.json` says. Verify the folder before."""
     return TrainState(**json.loads((folder / STATE).read_bytes()))
+
+
+def step_of(folder: Path | None) -> int:
+    """Return the optimizer step of a checkpoint from its name, which is part of its manifest; 0 for None."""
+    match = _NAME.fullmatch(folder.name) if folder else None
+    return int(match["step"]) if match else 0
 
 
 def verify(folder: Path, *, contents: bool = True) -> None:
@@ -171,14 +180,39 @@ def newest_verified(run_dir: Path, stage: str, *, contents: bool = True) -> Path
     return next(_sound(run_dir, stage, contents=contents), None)
 
 
-def prune(run_dir: Path, stage: str, keep: int) -> None:
-    """Delete all but the newest `keep` sound checkpoints of a stage; damaged ones do not count and go too."""
-    kept = set(list(_sound(run_dir, stage, contents=False))[:keep])
+def prune(run_dir: Path, reached: TrainState, keep: int) -> None:
+    """Delete all but the newest `keep` sound checkpoints of a stage; damaged ones do not count and go too.
+
+    So do those beyond the step that is `reached`: the run began before them, so they were found damaged.
+    """
+    stage = reached.stage
+    sound = [f for f in _sound(run_dir, stage, contents=False) if step_of(f) <= reached.step]
+    kept = set(sound[:keep])
     for folder in _folders(run_dir, stage):
         if folder not in kept:
             # The manifest first, so that a deletion cut short leaves nothing to pick.
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder: two runs in one would take each other's records and checkpoints away.
+
+    Raises DistillError if another process holds it, on any machine whose file system knows locks. The system
+    frees it when the process ends, however it ends.
+    """
+    lock = FileLock(run_dir / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as taken:
+        raise DistillError(
+            f"another run is going on in {run_dir}: wait for it, or choose another output"
+        ) from taken
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_unfinished(run_dir: Path) -> None:

@@ -113,7 +113,7 @@ def launch(
         newest = checkpoint.newest_verified(run_dir, stage)
         if newest and not attempt:
             _require_ours(newest, state, resume)
-        start = checkpoint.read_state(newest).step if newest else 0
+        start = checkpoint.step_of(newest)
         if newest and start >= num_steps:
             return newest
         forget_after(run_dir, stage, start)
@@ -143,7 +143,7 @@ def _require_ours(newest: Path, state: TrainState, resume: bool) -> None:
 
 def _last_checkpoint(run_dir: Path, stage: str, num_steps: int) -> Path:
     newest = checkpoint.newest_verified(run_dir, stage)
-    if newest is None or checkpoint.read_state(newest).step < num_steps:
+    if newest is None or checkpoint.step_of(newest) < num_steps:
         raise DistillError(
             f"'{stage}' ended before step {num_steps}: the newest sound checkpoint is {newest}"
         )
@@ -154,7 +154,7 @@ def _reached(run_dir: Path, stage: str) -> int:
     """Return the last optimizer step of which there is a trace: a record, or a checkpoint."""
     newest = checkpoint.newest_verified(run_dir, stage, contents=False)
     steps = [record["step"] for record in read_metrics(run_dir, stage)]
-    return max(*steps, checkpoint.read_state(newest).step if newest else 0, 0)
+    return max(*steps, checkpoint.step_of(newest), 0)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from raydistill.config.distill import DetailConfig, DistillConfig, StageConfig
 from raydistill.consistency.average import moving_average_
 from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
 from raydistill.consistency.solver import guided
+from raydistill.errors import InvalidValue
 from raydistill.experts.detail import Judges
 from raydistill.experts.engine import Engine, build_engine
 from raydistill.experts.plain_engine import cast_parameters
@@ -105,7 +106,10 @@ class Stage:
 def build_segment(config: DistillConfig, name: str) -> Segment:
     """Give the part of the path that a stage owns; raises InvalidValue if no node is the boundary."""
     grid = TimeGrid(config.grid.num_intervals, shift=config.grid.shift, last=config.grid.last)
-    boundary = config.grid.last if config.experts == "single" else grid.snap(config.boundary)
+    try:
+        boundary = config.grid.last if config.experts == "single" else grid.snap(config.boundary)
+    except InvalidValue as between:
+        raise InvalidValue("boundary", between.value, between.expected) from None
     upper, lower = (1.0, boundary) if name == "semantic" else (boundary, config.grid.last)
     # Stages see the same rows; another key gives them other noise.
     return Segment(

@@ -8,7 +8,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from raydistill.artifacts import Manifest, fingerprint
 from raydistill.config.distill import DistillConfig
+from raydistill.config.load import dump
 from raydistill.experts import checkpoint
 from raydistill.experts.launch import Worker
 from raydistill.experts.loop import distill
@@ -19,6 +21,7 @@ from raydistill.models.wan import WanField, load_teacher
 from raydistill.types import Batch
 
 AVERAGES = "averages.safetensors"
+SETTINGS = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +37,13 @@ class Run:
     """Last checkpoint of the semantic stage, for the detail stage."""
 
 
-def settings_of(config: DistillConfig, stage: str, digests: Mapping[str, str]) -> dict[str, Any]:
+def settings_of(
+    config: DistillConfig, stage: str, digests: Mapping[str, str], semantic: Path | None = None
+) -> dict[str, Any]:
     """Return the settings that shape a stage's numbers; a checkpoint made with others is refused.
 
-    Where a run lies, how it is watched and on how many workers it runs are not among them.
+    Where a run lies, how it is watched and on how many workers it runs are not among them. The detail stage
+    is also bound to the very semantic expert that it began with.
     """
     values = asdict(config)
     for name in ("output", "data", "teacher", "codec", "scale", "tracking", "sampling", "save_every", "keep"):
@@ -46,7 +52,21 @@ def settings_of(config: DistillConfig, stage: str, digests: Mapping[str, str]) -
         del values[name]
     if stage == "semantic":
         del values["detail"]
-    return {**values, "precision": config.engine.precision, **digests}
+    engine = {"precision": config.engine.precision, "engine_extra": config.engine.extra}
+    return {
+        **values,
+        **engine,
+        **digests,
+        **({"semantic_expert": result_digest(semantic)} if semantic else {}),
+    }
+
+
+def result_digest(folder: Path) -> str:
+    """Fingerprint of the student's weights and averages in a checkpoint, from its manifest."""
+    files = Manifest.read(folder).files
+    return fingerprint(
+        {n: f["sha256"] for n, f in files.items() if n == AVERAGES or n.startswith("student/")}
+    )
 
 
 def train(worker: Worker) -> None:
@@ -57,6 +77,8 @@ def train(worker: Worker) -> None:
     if worker.resume_from is not None:
         files = {AVERAGES: stage.load_averages}
         checkpoint.load(worker.resume_from, worker.state, engines=stage.engines(), extra=files)
+    if worker.rank == 0:
+        dump(config, worker.run_dir / SETTINGS)
     tracker = Tracker(config.tracking, worker.run_dir, asdict(config)) if worker.rank == 0 else None
 
     def report(step: int, figures: dict[str, float]) -> None:

@@ -63,21 +63,25 @@ def frames_to_tensor(clips: Sequence[np.ndarray]) -> Tensor:
 
 def models_identity(codec: str | Path, text: WordVectors) -> dict[str, Any]:
     """Return what stands for the models in a fingerprint: the contents of every file, not where they lie."""
-    folder = Path(codec)
-    if not (folder / "config.json").is_file():
-        raise MissingArtifact(
-            f"encode.codec: no codec at {folder.absolute()}: expected a diffusers autoencoder's folder"
-        )
-    kind = json.loads((folder / "config.json").read_bytes()).get("_class_name", "unknown")
+    folder, kind = Path(codec), _config_of(codec).get("_class_name", "unknown")
     return {
         "codec": {"kind": kind, "digest": tree_digest(folder), "files": tree_files(folder)},
         "text": dict(text.identity),
     }
 
 
+def _config_of(codec: str | Path) -> dict[str, Any]:
+    """Read a codec's sizes. Raises MissingArtifact."""
+    try:
+        return dict(json.loads(Path(codec, "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        place = f"encode.codec: no codec at {Path(codec).absolute()}"
+        raise MissingArtifact(f"{place}: expected a diffusers autoencoder's folder, {error!r}") from error
+
+
 def require_length(codec: str | Path, num_frames: int) -> None:
     """Check a clip's length against the codec's compression of time. Raises InvalidValue."""
-    config = json.loads((Path(codec) / "config.json").read_bytes())
+    config = _config_of(codec)
     if config.get("_class_name") != "AutoencoderKLWan":
         return
     factor = int(config.get("scale_factor_temporal") or 4)

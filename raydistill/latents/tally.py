@@ -28,11 +28,23 @@ class Tally:
     filtered: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
     bad_in_a_row: int = 0
+    clips_before: int = 0
+    """Clips that an earlier run made."""
 
-    def add(self, outcomes: Iterable[tuple[str, str]], clips: int = 0, video_s: float = 0.0) -> None:
-        """Count files by (outcome, reason) in order, then stop the run if too many are bad: PrepareError."""
+    def add(
+        self,
+        outcomes: Iterable[tuple[str, str]],
+        clips: int = 0,
+        video_s: float = 0.0,
+        *,
+        neighbours: bool = True,
+    ) -> None:
+        """Count files by (outcome, reason), then stop the run if too many are bad: PrepareError.
+
+        Of files that are no `neighbours` in the listing none is "in a row" with the next.
+        """
         for outcome, reason in outcomes:
-            self.bad_in_a_row = self.bad_in_a_row + 1 if outcome == "quarantined" else 0
+            self.bad_in_a_row = self.bad_in_a_row + 1 if outcome == "quarantined" and neighbours else 0
             if outcome == "clip":
                 self.kept += 1
             else:

@@ -85,17 +85,27 @@ def build_tiny_codec(seed: int, width: int = 32) -> FrameCodec:
     return FrameCodec(autoencoder, [0.0] * 4, [1.0] * 4).eval()
 
 
+def _scaling(path: Path) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel's latents, which diffusers' own folder does not hold."""
+    try:
+        scaling = json.loads(path.read_bytes())
+        return scaling["mean"], scaling["deviation"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = 'an object with "mean" and "deviation" of each channel of its latents'
+        raise MissingArtifact(f"no {path.name} at {path.parent}: expected {expected}, {error!r}") from error
+
+
 def load_codec(path: str | Path) -> FrameCodec | WanCodec:
     """Load a codec folder, safetensors only; raises MissingArtifact when it is no codec."""
     folder = Path(path)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise MissingArtifact(f"no codec at {folder}: expected the folder of a diffusers autoencoder")
-    kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    try:
+        kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = "expected the folder of a diffusers autoencoder"
+        raise MissingArtifact(f"no codec at {folder}: {expected}, found {error!r}") from error
     if kind == "AutoencoderKLWan":
         return WanCodec(AutoencoderKLWan.from_pretrained(folder, use_safetensors=True)).eval()
     if kind == "AutoencoderTiny":
-        scaling = json.loads((folder / SCALING).read_text(encoding="utf-8"))
         autoencoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
-        return FrameCodec(autoencoder, scaling["mean"], scaling["deviation"]).eval()
+        return FrameCodec(autoencoder, *_scaling(folder / SCALING)).eval()
     raise MissingArtifact(f"{folder} holds a {kind}: known codecs are AutoencoderTiny and AutoencoderKLWan")

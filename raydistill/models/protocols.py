@@ -1,4 +1,4 @@
-"""What the maths is applied to: four protocols, no base classes."""
+"""What the maths is applied to: three protocols, no base classes."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -26,14 +26,6 @@ class VideoCodec(Protocol):
 
     def decode(self, latents: Latents) -> Tensor:
         """Latents to frames (b, 3, f, h, w), clipped to [-1, 1]."""
-        ...
-
-
-class TextEncoder(Protocol):
-    """Captions to embeddings."""
-
-    def __call__(self, captions: Sequence[str]) -> Text:
-        """Embed each caption: (b, tokens, width), zero-padded."""
         ...
 
 

@@ -22,14 +22,14 @@ and so joins without moving what is here.
 import hashlib
 import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from raydistill.artifacts import differences, fingerprint
-from raydistill.errors import IncompatibleCheckpoint, InvalidValue
+from raydistill.artifacts import fingerprint
+from raydistill.errors import InvalidValue
 
 VERSION = 1
 """Of the mapping from g to row; raised when it changes, since old checkpoints then mean other samples."""
@@ -137,23 +137,6 @@ class Plan:
         sources = [[s.name, s.num_rows, str(self.proportions[s.name]), s.digest] for s in self.sources]
         whole = {"version": VERSION, "seed": self.seed, "global_batch": self.global_batch}
         return {**whole, "sources": fingerprint(sources), "step": step}
-
-    def check(self, state: Mapping[str, Any]) -> int:
-        """Return the step of a state of this very plan. Raises IncompatibleCheckpoint saying what changed."""
-        step = state.get("step")
-        if not isinstance(step, int) or step < 0:
-            raise IncompatibleCheckpoint(f"the data plan's step is {step!r}: this is no state of a plan")
-        wrong = differences(dict(state), self.state(step))
-        if wrong:
-            listing = "\n  ".join(wrong)
-            now = ", ".join(
-                f"{s.name} ({s.num_rows} rows, share {self.proportions[s.name]})" for s in self.sources
-            )
-            raise IncompatibleCheckpoint(
-                f"the data plan is not the one of the checkpoint (saved != now):\n  {listing}\n"
-                f"Sources now: {now}. Other rows, weights or contents make another 'sources'."
-            )
-        return step
 
     def _turn(self, g: int) -> tuple[Source, int]:
         """Return the source of sample g, and how many of its samples came before."""

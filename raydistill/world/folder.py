@@ -65,7 +65,10 @@ def describe_source(path: Path, uri: str) -> Source:
     """Return what a listing shows of a file, without opening it."""
     status = os.lstat(path)
     refused = "" if stat.S_ISREG(status.st_mode) else f"not a plain file ({stat.filemode(status.st_mode)[0]})"
-    return Source(uri, status.st_size, status.st_mtime_ns, refused)
+    readable = os.fsencode(uri).decode("utf-8", "backslashreplace")
+    if readable != uri:
+        refused = refused or "its name is not UTF-8: rename it"
+    return Source(readable, status.st_size, status.st_mtime_ns, refused)
 
 
 def read_caption(path: str | Path) -> str | None:
@@ -138,9 +141,16 @@ def _tidy(caption: str) -> str | None:
 
 
 def settle_caption(caption: str | None, policy: str) -> str:
-    """Return the caption; '' for none if the policy is "empty". Raises MediaError missing_caption."""
+    """Return the caption; '' for none if the policy is "empty".
+
+    Raises MediaError missing_caption, or bad_caption for half of a surrogate pair, which JSON can hold.
+    """
     if caption is None and policy != "empty":
         raise MediaError("missing_caption", "no .txt or .json beside it, nothing in the captions file")
+    try:
+        (caption or "").encode()
+    except UnicodeEncodeError as failed:
+        raise MediaError("bad_caption", f"the caption is no text: {failed}") from failed
     return caption or ""
 
 

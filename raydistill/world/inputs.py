@@ -54,6 +54,8 @@ def examine(
     found = Input(source.uri, source.bytes, source.mtime_ns, sha256)
     if source.refused:
         return replace(found, reason="policy", message=source.refused)
+    if not source.bytes:  # before hashing, or all but the first would pass for duplicates
+        return replace(found, reason="zero_bytes", message="the file is empty")
     path = Path(root, source.uri)
     try:
         found = replace(found, sha256=sha256 or file_sha256(path))

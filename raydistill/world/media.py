@@ -7,6 +7,7 @@ list.
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,10 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg"
 
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9", "mpeg4"})
 """Codecs for which decord was measured to give PyAV's bytes. It cannot open AV1."""
+
+DECORD_HEADS = (b"....ftyp", b"\x1aE\xdf\xa3", b"RIFF....AVI ")
+"""How the containers begin that decord may open; a dot is any byte. It has no whitelist, and what is
+both a playlist and a video would make it read other files. A playlist is text, and none of these is."""
 
 DECORD_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuv444p", "gbrp"})
 """Pixel formats for which it does; in 10-bit video the two differ by up to 103 levels."""
@@ -54,7 +59,7 @@ class Probe:
     decoder: str
     """Which decoder to use, 'decord' or 'pyav'."""
     why: tuple[str, ...] = field(default=())
-    """Why not decord: edit_list, vfr, rotated, codec, pixel_format; no_decord where it is not installed."""
+    """Why not decord: container, edit_list, vfr, rotated, codec, pixel_format; no_decord without one."""
     rotation: int = 0
     """Degrees by which players turn the picture, counter-clockwise."""
 
@@ -107,7 +112,7 @@ def probe(path: str, limits: Limits) -> Probe:
         stream = container.streams.video[0]
         _require_sane(stream, limits)
         packets, first = _read_packets(container, stream, limits)
-        found = _judge(stream, packets, first, limits)
+        found = _judge(stream, packets, first, head, limits)
         _require_whole(container, found)
         return found
 
@@ -196,7 +201,7 @@ def _read_packets(container: Any, stream: Any, limits: Limits) -> tuple[list[Any
     return packets, first
 
 
-def _judge(stream: Any, packets: list[Any], first: Any, limits: Limits) -> Probe:
+def _judge(stream: Any, packets: list[Any], first: Any, head: bytes, limits: Limits) -> Probe:
     """Check times and choose the decoder."""
     shown = [pts for pts, _, discard, _ in packets if not discard]
     if not shown:
@@ -215,6 +220,7 @@ def _judge(stream: Any, packets: list[Any], first: Any, limits: Limits) -> Probe
         )
     codec, rotation = stream.codec_context.codec.canonical_name, round(first.rotation / 90) * 90
     doubts = {
+        "container": not any(re.match(begin, head, re.DOTALL) for begin in DECORD_HEADS),
         "edit_list": len(shown) != len(packets) or pts[0] != (stream.start_time or 0),
         "vfr": not is_constant(pts),
         "rotated": rotation != 0,
@@ -290,7 +296,7 @@ def _read_decord(path: str, found: Probe, pts: Sequence[int]) -> np.ndarray:
         ascending = sorted(set(wanted))
         frames = reader.get_batch(ascending).asnumpy()
         shown = reader.get_frame_timestamp([0, *ascending])[:, 0]
-    except (decord.DECORDError, IndexError) as failed:
+    except (decord.DECORDError, IndexError, RuntimeError) as failed:  # the last where it cannot open a file
         raise MediaError("decode_error", readable(failed)) from failed
     late = np.abs(shown[1:] - shown[0] - found.times[ascending]).max()  # both count from the first frame
     if late > found.gap_s / 2 + 1e-3:

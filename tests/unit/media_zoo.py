@@ -149,6 +149,16 @@ def write_sound(path: Path) -> Path:
     return path
 
 
+def playlist_and_video(path: Path) -> Path:
+    """MPEG-TS with a playlist of another file in front: some FFmpegs would play that one instead."""
+    secret = write(path.with_name(".secret.ts"), np.full((72, HEIGHT, WIDTH, 3), 250, np.uint8))
+    video = write(path.with_name(".shown.ts"), numbered(72)).read_bytes()
+    text = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:3,\n{secret.absolute().as_uri()}\n#EXT-X-ENDLIST\n"
+    head = text.encode()
+    path.write_bytes(head + b"\n" * (-len(head) % 188) + video)
+    return path
+
+
 def has_encoder(name: str) -> bool:
     """Whether FFmpeg can write it here."""
     try:
@@ -171,6 +181,8 @@ GOOD: dict[str, Callable[[Path], object]] = {
     "vfr.mp4": lambda p: write(p, numbered(48), pts=[n + n // 3 * 2 for n in range(48)]),
     "edit_list.mp4": lambda p: cut_without_recoding(_long(p), p, 20),
     "rotated.mp4": lambda p: rotate(write(p, numbered(72)), p),
+    "transport.ts": lambda p: write(p, numbered(72)),
+    "playlist_too.ts": playlist_and_video,
 }
 """Files that must be kept, all long enough for one clip of 16 frames at 8 fps."""
 

@@ -198,9 +198,35 @@ def test_prune_keeps_the_newest_sound_ones(run_dir):
         advance(engines)
         save(run_dir, engines)
     (run_dir / "checkpoints" / "semantic-step-000004" / "state.json").unlink()
-    checkpoint.prune(run_dir, "semantic", keep=2)
+    checkpoint.prune(run_dir, asked_for(step=5), keep=2)
     left = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     assert left == ["detail-step-000001", "semantic-step-000002", "semantic-step-000003"]
+
+
+def test_a_damaged_one_ahead_never_costs_the_one_just_written(run_dir):
+    """A flipped bit that sizes do not show: the run begins anew before it, and keeps what it writes."""
+    part = run_dir / "checkpoints" / "semantic-step-000002" / FILES[0]
+    part.write_bytes(part.read_bytes()[:-1] + b"\xff")
+    shutil.rmtree(run_dir / "checkpoints" / "semantic-step-000001")
+    engines = roles()
+    advance(engines)
+    save(run_dir, engines, keep=1)
+    assert newest_verified(run_dir, "semantic").name == "semantic-step-000001"
+
+
+def test_steps_are_told_by_names(run_dir):
+    """Which the manifest vouches for, as it does for what the state says."""
+    newest = newest_verified(run_dir, "semantic")
+    assert checkpoint.step_of(newest) == checkpoint.read_state(newest).step == 2
+    assert checkpoint.step_of(None) == 0
+
+
+def test_two_runs_cannot_have_one_folder(tmp_path):
+    again = checkpoint.alone_in(tmp_path)
+    with checkpoint.alone_in(tmp_path), pytest.raises(DistillError, match="another run is going on"):
+        again.__enter__()
+    with checkpoint.alone_in(tmp_path):
+        pass
 
 
 def test_no_space_leaves_the_older_ones(run_dir):

@@ -103,11 +103,27 @@ def test_decord_reads_clean_files_and_pyav_the_rest(zoo, decoder):
     folder, expected = zoo
     why = {n: decoder.probe(str(folder / n), Limits()).why for n, reason in expected.items() if not reason}
     assert {n for n, reasons in why.items() if not reasons} >= {"h264.mp4", "matroska.mkv", "lossless.mp4"}
+    assert why["playlist_too.ts"] == why["transport.ts"] == ("container",)
     assert why["edit_list.mp4"] == ("edit_list",)
     assert why["vfr.mp4"] == ("vfr",)
     assert why["rotated.mp4"] == ("rotated",)
     assert why["ten_bit.mp4"] == ("pixel_format",)
     assert why.get("av1.mp4", ("codec",)) == ("codec",)
+
+
+def test_a_video_that_is_a_playlist_too_shows_only_itself(zoo, decoder):
+    """decord would show the file that the playlist names."""
+    (clip,) = cut_video(decoder, str(zoo[0] / "playlist_too.ts"), NATIVE, Limits())
+    assert media_zoo.numbers_in(clip.frames) == list(range(0, 48, 3))
+
+
+def test_a_file_that_decord_cannot_open_is_no_bug_of_ours(zoo, decoder, tmp_path):
+    """It raises a bare RuntimeError then; PyAV stands in, or says what is wrong."""
+    honest = decoder.probe(str(zoo[0] / "h264.mp4"), Limits())
+    lost = tmp_path / "lost.mp4"
+    lost.write_text("#EXTM3U\n#EXTINF:1,\nnowhere.ts\n#EXT-X-ENDLIST\n")
+    with pytest.raises(MediaError, match="before that, decord"):
+        decoder.frames(str(lost), trusted(honest), honest.pts[:3], "decord")
 
 
 HIDE_DECORD = """

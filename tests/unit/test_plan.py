@@ -5,7 +5,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from raydistill.errors import IncompatibleCheckpoint, InvalidValue
+from raydistill.errors import InvalidValue
 from raydistill.trajectories.plan import Item, Plan, Source
 
 
@@ -131,31 +131,23 @@ def test_substitutes_are_the_other_rows_of_the_source():
     assert len(list(islice(plan_of([source("a", 10**15)]).substitutes(0), 16))) == 16
 
 
-def test_state_survives_json_and_gives_the_step_back():
-    plan = plan_of(THREE)
-    assert plan.check(json.loads(json.dumps(plan.state(17), sort_keys=True))) == 17
-
-
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("other", "differs"),
     [
-        (plan_of(THREE, seed=8), "seed: 8 != 7"),
-        (plan_of(THREE, global_batch=12), "global_batch: 12 != 24"),
-        (plan_of([*THREE[:2], source("webvid", 11, 0.2)]), r"sources: .*Sources now: .*webvid \(10 rows"),
-        (plan_of([*THREE[:2], source("webvid", 10, 0.4)]), "sources: "),
-        (plan_of([*THREE[:2], source("webvid", 10, 0.2, "other")]), "sources: "),
-        (plan_of(THREE[:2]), "sources: "),
+        (plan_of(THREE), []),
+        (plan_of(THREE, seed=8), ["seed"]),
+        (plan_of(THREE, global_batch=12), ["global_batch"]),
+        (plan_of([*THREE[:2], source("webvid", 11, 0.2)]), ["sources"]),
+        (plan_of([*THREE[:2], source("webvid", 10, 0.4)]), ["sources"]),
+        (plan_of([*THREE[:2], source("webvid", 10, 0.2, "other")]), ["sources"]),
+        (plan_of(THREE[:2]), ["sources"]),
     ],
 )
-def test_a_checkpoint_of_another_plan_is_refused(other, message):
-    with pytest.raises(IncompatibleCheckpoint, match=f"(?s){message}"):
-        plan_of(THREE).check(other.state(3))
-
-
-@pytest.mark.parametrize("change", [{"step": None}, {"step": -1}, {"version": 0}])
-def test_a_state_of_something_else_is_refused(change):
-    with pytest.raises(IncompatibleCheckpoint, match=r"step|version"):
-        plan_of(THREE).check(plan_of(THREE).state(3) | change)
+def test_a_state_says_what_another_plan_has_different(other, differs):
+    """After JSON, as a checkpoint compares it; the step alone moves."""
+    ours, theirs = (json.loads(json.dumps(plan.state(3))) for plan in (plan_of(THREE), other))
+    assert [name for name in ours if ours[name] != theirs[name]] == differs
+    assert plan_of(THREE).state(17) == plan_of(THREE).state(3) | {"step": 17}
 
 
 def test_plans_travel_light():

@@ -58,6 +58,20 @@ def test_links_and_pipes_are_listed_but_never_opened(tmp_path):
     }
 
 
+def test_empty_files_are_no_duplicates_of_each_other(tmp_path):
+    put(tmp_path, a_mp4="", b_mp4="", c_mp4="c")
+    marked = mark_duplicates(look(tmp_path, policy="empty").values())
+    assert [i.reason for i in marked] == ["zero_bytes", "zero_bytes", ""]
+
+
+def test_what_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"a")
+    put(tmp_path, b_mp4="b", b_json='{"caption": "a \\ud800 cat"}')
+    found = look(tmp_path)
+    assert {uri: i.reason for uri, i in found.items()} == {"caf\\xe9.mp4": "policy", "b.mp4": "bad_caption"}
+    assert "not UTF-8" in found["caf\\xe9.mp4"].message
+
+
 def test_an_empty_folder_says_what_to_do(tmp_path):
     put(tmp_path, notes_txt="")
     with pytest.raises(MissingArtifact, match=r"no videos below .*1 other files.*\.mp4.*source\.path"):

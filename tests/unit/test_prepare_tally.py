@@ -58,6 +58,13 @@ def test_bad_files_in_a_row_are_limited_across_shards():
         tally.add([("quarantined", "crash")] * 2)
 
 
+def test_bad_files_picked_out_of_a_listing_are_not_in_a_row():
+    tally = Tally(1000, max_bad_in_a_row=4)
+    tally.add([("quarantined", "bad_caption")] * 6, neighbours=False)
+    tally.add([("quarantined", "oom")] * 3)
+    assert (tally.bad, tally.bad_in_a_row) == (9, 3)
+
+
 def test_shards_are_added_by_their_facts():
     tally = Tally(2)
     files = [["a", "sha", "clip", ""], ["b", "sha", "filtered", "too_short"]]
