@@ -1,4 +1,4 @@
-"""A run whose stages are done: nothing is started, every byte is read once, and no other run may have it."""
+"""What a start looks at: a finished run is read once and belongs to its own settings; the rest is checked."""
 
 import importlib.util
 from dataclasses import replace
@@ -9,9 +9,20 @@ import ray
 from test_checkpoint_torn import advance, asked_for, roles, save
 
 from raydistill.artifacts import Manifest
-from raydistill.config.distill import DetailConfig, DistillConfig, OptimizerConfig, ScaleConfig, StageConfig
-from raydistill.errors import IncompatibleCheckpoint
+from raydistill.config.distill import (
+    DetailConfig,
+    DistillConfig,
+    EngineConfig,
+    GridConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScaleConfig,
+    StageConfig,
+)
+from raydistill.errors import IncompatibleCheckpoint, InvalidValue
 from raydistill.experts.launch import launch
+from raydistill.experts.stages import build_segment
+from raydistill.experts.worker import settings_of
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 2
@@ -77,3 +88,28 @@ def test_finished_is_both_stages_at_their_last_step(distill, run_dir):
     (part,) = run_dir.glob("checkpoints/detail-*/student/*.safetensors")
     part.write_bytes(part.read_bytes()[:-1])
     assert not distill.finished(config)
+
+
+def test_all_that_shapes_the_detail_expert_is_in_its_identity(run_dir, tmp_path_factory):
+    config, semantic = DistillConfig(), run_dir / "checkpoints" / f"semantic-step-{NUM_STEPS:06d}"
+    mine = settings_of(config, "detail", {}, semantic)
+    assert settings_of(config, "detail", {}, semantic) == mine
+    extra = replace(config, engine=EngineConfig(extra={"gradient_clipping": 0}))
+    assert settings_of(extra, "detail", {}, semantic) != mine
+    engines = roles()
+    advance(engines)
+    another = save(tmp_path_factory.mktemp("another"), engines)
+    assert settings_of(config, "detail", {}, another) != mine
+
+
+def test_a_boundary_between_two_nodes_is_refused_by_its_name():
+    with pytest.raises(InvalidValue, match="node of the grid") as refused:
+        build_segment(DistillConfig(grid=GridConfig(shift=17.0)), "semantic")
+    assert refused.value.key == "boundary"
+
+
+def test_temporal_coherence_needs_frames_that_far_apart(distill):
+    config = DistillConfig(semantic=StageConfig(objective=ObjectiveConfig(temporal_coherence=1.0)))
+    distill.require_frames(config, "semantic", 4)
+    with pytest.raises(InvalidValue, match="below the 3 frames"):
+        distill.require_frames(config, "semantic", 3)
