@@ -81,7 +81,7 @@ def _gradient(name, engine, folder):
 
 @pytest.mark.parametrize("name", ["semantic", "detail"])
 def test_in_bf16_every_engine_is_as_near_to_float32(name, tmp_path):
-    """ZeRO 3 computes linear layers in another order: other roundings, but none that are larger."""
+    """ZeRO 3's linear layers round twice, the product and then its sum with the bias: sqrt(2) of once."""
     exact = _gradient(name, EngineConfig(backend="torch"), tmp_path / "exact")
     plain = _gradient(name, EngineConfig(backend="torch", precision="bf16"), tmp_path / "plain")
     rounding = (plain - exact).norm()
@@ -89,8 +89,8 @@ def test_in_bf16_every_engine_is_as_near_to_float32(name, tmp_path):
     for zero_stage in (1, 2, 3):
         engine = EngineConfig(zero_stage=zero_stage, precision="bf16")
         ours = _gradient(name, engine, tmp_path / str(zero_stage))
-        assert (ours - exact).norm() < 1.1 * rounding
-        assert (ours - plain).norm() < 1.5 * rounding  # sqrt(2) of two that have nothing in common
+        assert (ours - exact).norm() < (2**0.5 if zero_stage == 3 else 1.1) * rounding
+        assert (ours - plain).norm() < 3**0.5 * rounding  # both errors, with nothing in common
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
