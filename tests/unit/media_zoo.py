@@ -151,8 +151,10 @@ def write_sound(path: Path) -> Path:
 
 def playlist_and_video(path: Path) -> Path:
     """MPEG-TS with a playlist of another file in front: some FFmpegs would play that one instead."""
-    secret = write(path.with_name(".secret.ts"), np.full((72, HEIGHT, WIDTH, 3), 250, np.uint8))
-    video = write(path.with_name(".shown.ts"), numbered(72)).read_bytes()
+    secret = write(
+        path.with_name(".secret.ts"), np.full((72, HEIGHT, WIDTH, 3), 250, np.uint8), options={"bf": "0"}
+    )
+    video = write(path.with_name(".shown.ts"), numbered(72), options={"bf": "0"}).read_bytes()
     text = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:3,\n{secret.absolute().as_uri()}\n#EXT-X-ENDLIST\n"
     head = text.encode()
     path.write_bytes(head + b"\n" * (-len(head) % 188) + video)
