@@ -4,8 +4,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from raydistill.models.codec import WanCodec, load_codec
+from raydistill.errors import MissingArtifact
+from raydistill.models.codec import WanCodec, build_tiny_codec, load_codec
 
+BROKEN = {
+    "nothing": (None, None, "expected the folder of a diffusers autoencoder"),
+    "torn config": ('{"_class', None, "expected the folder of a diffusers autoencoder"),
+    "no class": ("{}", None, "expected the folder of a diffusers autoencoder"),
+    "another class": ('{"_class_name": "UNet2DModel"}', None, "UNet2DModel: known codecs are"),
+    "no scaling": (..., None, "no latents.json"),
+    "torn scaling": (..., '{"mean": [0', 'with "mean" and "deviation"'),
+    "half a scaling": (..., '{"mean": [0, 0, 0, 0]}', 'with "mean" and "deviation"'),
+    "a list": (..., "[]", 'with "mean" and "deviation"'),
+}
+"""config.json (... for what was saved), latents.json, and what the error says."""
 MEAN, DEVIATION = [0.1, -0.2, 0.3, 0.05], [0.5, 2.0, 1.5, 0.8]
 
 
@@ -58,3 +70,16 @@ def test_a_sample_is_encoded_alike_in_any_batch(codec):
     frames = torch.rand(3, 3, 5, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     alone = torch.cat([codec.encode(one[None]) for one in frames])
     torch.testing.assert_close(codec.encode(frames), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_folder_that_is_no_codec_is_named(tmp_path, case):
+    settings, scaling, says = BROKEN[case]
+    build_tiny_codec(0, width=8).save(tmp_path)
+    for name, text in (("config.json", settings), ("latents.json", scaling)):
+        (tmp_path / name).unlink() if text is None else None
+        if isinstance(text, str):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(MissingArtifact, match=says) as refused:
+        load_codec(tmp_path)
+    assert str(tmp_path) in str(refused.value)

@@ -27,8 +27,8 @@ from raydistill.models.expert import add_detail
 from raydistill.models.judge import Judge
 from raydistill.models.text import WordVectors
 from raydistill.models.wan import build_tiny_teacher
-from raydistill.sampler import build_plan
-from raydistill.student import Card, save_student
+from raydistill.sampler import build_plan, with_tail
+from raydistill.student import Card, load_student, save_student
 from raydistill.world import sprites
 
 ATTRIBUTES = {
@@ -54,7 +54,7 @@ def load_job():
 job = load_job()
 
 
-def make_student(folder, kind, seed, sources=None):
+def make_student(folder, kind, seed, sources=None, path="deterministic"):
     semantic = build_tiny_teacher(seed, **SMALL)
     boundary = None if kind == "single" else 0.6
     detail = add_detail(semantic, 2, 4.0, seed) if kind == "dual" else None
@@ -68,7 +68,10 @@ def make_student(folder, kind, seed, sources=None):
         lora=(2, 4.0) if kind == "dual" else None,
         sources=sources or {},
     )
-    save_student(folder, card, semantic, detail, {n: build_plan(n, boundary, GRID) for n in (1, 2)})
+    plans = {str(n): build_plan(n, boundary, GRID, path) for n in (1, 2)}
+    if kind == "dual":
+        plans["1+tail"] = with_tail(1, boundary, GRID, path)
+    save_student(folder, card, semantic, detail, plans)
     return str(folder)
 
 
@@ -293,6 +296,15 @@ def test_steps_a_student_cannot_do_are_skipped_and_another_path_has_its_own_rows
     assert [one.what for one in lineup.skipped if "dual" in one.what] == ["dual 7", "dual 7 renoise"]
     plans = {one.label: one.plan.path for one in lineup.candidates if one.group.startswith("single")}
     assert plans == {"single 2": "deterministic", "single 2 renoise": "renoise"}
+
+
+@pytest.mark.parametrize("path", ["deterministic", "renoise"])
+def test_mixtures_with_the_teacher_follow_the_students_stored_path(config, tmp_path, path):
+    student = make_student(tmp_path / "student", "dual", 1, path=path)
+    asked = dataclasses.replace(config, students={"dual": [student]})
+    plans = {one.label: one.plan for one in build_lineup(asked, NULL_TEXT).candidates}
+    assert plans["semantic 1 + tail"] == load_student(student).plans["1+tail"]
+    assert plans["head + detail 1"].path == path
 
 
 def test_page_holds_everything_and_fetches_nothing(config, first):

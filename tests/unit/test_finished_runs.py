@@ -3,7 +3,10 @@
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import ray
 from test_checkpoint_torn import advance, asked_for, roles, save
@@ -22,7 +25,7 @@ from raydistill.config.distill import (
 from raydistill.errors import IncompatibleCheckpoint, InvalidValue
 from raydistill.experts.launch import launch
 from raydistill.experts.stages import build_segment
-from raydistill.experts.worker import settings_of
+from raydistill.experts.worker import SETTINGS, settings_of
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 2
@@ -88,6 +91,17 @@ def test_finished_is_both_stages_at_their_last_step(distill, run_dir):
     (part,) = run_dir.glob("checkpoints/detail-*/student/*.safetensors")
     part.write_bytes(part.read_bytes()[:-1])
     assert not distill.finished(config)
+
+
+def test_a_refused_command_leaves_the_settings_of_the_run_alone(distill, run_dir):
+    (run_dir / SETTINGS).write_text("the settings of this run", encoding="utf-8")
+    row = SimpleNamespace(latents=np.zeros((4, 2, 4, 4), np.float32), text=np.zeros((8, 32), np.float32))
+    store = MagicMock(**{"__len__.return_value": 64, "row.return_value": row}, fingerprint="0" * 64)
+    stranger = DistillConfig(output=str(run_dir), semantic=StageConfig(**SIZES), detail=DetailConfig(**SIZES))
+    with pytest.raises(IncompatibleCheckpoint, match="belongs to another run"):
+        distill.distil(stranger, store, {"teacher": "1" * 64})
+    assert (run_dir / SETTINGS).read_text(encoding="utf-8") == "the settings of this run"
+    assert not (run_dir / "student").exists()
 
 
 def test_all_that_shapes_the_detail_expert_is_in_its_identity(run_dir, tmp_path_factory):
