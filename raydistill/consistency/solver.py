@@ -20,13 +20,20 @@ def guide(cond: Latents, uncond: Latents, guidance_scale: float) -> Latents:
     return uncond + guidance_scale * (cond - uncond)
 
 
-def guided(field: Field, null_text: Float[Tensor, "l d"], guidance_scale: float) -> Field:
-    """Make a field guided by `guide`, in one pass over twice the batch; w = 1 gives the field itself."""
+def guided(
+    field: Field, null_text: Float[Tensor, "l d"], guidance_scale: float, *, batched: bool = True
+) -> Field:
+    """Make a field guided by `guide`; w = 1 gives the field itself.
+
+    In one pass over twice the batch, or, not `batched`, in two passes as diffusers' WanPipeline does it.
+    """
     if guidance_scale == 1:
         return field
 
     def guided_field(x_t: Latents, t: Times, text: Text) -> Latents:
         null = null_text.to(text).expand_as(text)
+        if not batched:
+            return guide(field(x_t, t, text), field(x_t, t, null), guidance_scale)
         both = field(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, null]))
         cond, uncond = both.chunk(2)
         return guide(cond, uncond, guidance_scale)

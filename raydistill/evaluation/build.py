@@ -92,11 +92,12 @@ def _timings(
     try:
         return json.loads(place.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        few = [one for one in lineup.firsts if one is lineup.anchor or one.num_steps == TIMED_STEPS]
+        twice = [lineup.in_two_passes] if lineup.in_two_passes else []
+        few = [one for one in lineup.firsts if one is lineup.anchor or one.num_steps == TIMED_STEPS] + twice
         torch.set_num_threads(how.threads)
         timings = {
             str(batch): time_in_turn(
-                latency_calls(few if number else lineup.firsts, setting, batch), how.rounds
+                latency_calls(few if number else [*lineup.firsts, *twice], setting, batch), how.rounds
             )
             for number, batch in enumerate(how.batches)
         }

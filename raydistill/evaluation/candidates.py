@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from raydistill.models.wan import load_teacher
 from raydistill.sampler import Path, SamplingPlan, teacher_plan, with_head, with_tail
 from raydistill.student import Card, Student, load_student
 
+TWO_PASSES = "{} with two passes a step"
 TEACHER, TAIL, HEAD = "teacher", "semantic + teacher tail", "teacher head + detail"
 
 
@@ -75,6 +76,8 @@ class Lineup:
 
     candidates: tuple[Candidate, ...]
     skipped: tuple[Skipped, ...]
+    in_two_passes: Candidate | None = None
+    """The anchor, guided as diffusers' WanPipeline does it. Timed only: its clips are the anchor's."""
 
     @property
     def firsts(self) -> tuple[Candidate, ...]:
@@ -105,7 +108,8 @@ def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lin
     """
     scale = config.guidance_scale
     identity = {"teacher": tree_digest(config.teacher), "guidance_scale": scale}
-    teacher = _Guide(guided(load_teacher(config.teacher), null_text, scale), identity, scale != 1)
+    plain = load_teacher(config.teacher)
+    teacher = _Guide(guided(plain, null_text, scale), identity, scale != 1)
     candidates = [_teacher(teacher, steps, config.shift) for steps in config.teacher_steps]
     skipped = [
         Skipped(kind, f"no {kind} student given (students.{kind})")
@@ -120,7 +124,11 @@ def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lin
                 else:
                     candidates.append(one)
     order = {one.label: number for number, one in reversed(list(enumerate(candidates)))}
-    return Lineup(tuple(sorted(candidates, key=lambda one: order[one.label])), tuple(dict.fromkeys(skipped)))
+    ordered = tuple(sorted(candidates, key=lambda one: order[one.label]))
+    apart = {"teacher": guided(plain, null_text, scale, batched=False)}
+    first = candidates[0] if config.teacher_steps and teacher.guided else None
+    twice = first and replace(first, label=TWO_PASSES.format(first.label), fields=apart)
+    return Lineup(ordered, tuple(dict.fromkeys(skipped)), twice)
 
 
 def _teacher(teacher: _Guide, steps: int, shift: float) -> Candidate:

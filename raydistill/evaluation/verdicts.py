@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 from raydistill.evaluation import intervals
-from raydistill.evaluation.candidates import TEACHER, Candidate
+from raydistill.evaluation.candidates import TEACHER, TWO_PASSES, Candidate
 from raydistill.evaluation.intervals import Estimate
 from raydistill.evaluation.measures import ALL_RIGHT
 from raydistill.evaluation.summary import CONTROL, Row
@@ -83,7 +83,11 @@ class Judgement:
             *(self._frechet_ratio(f"dual {n}", f"teacher {n}", "at most", 1 / TIMES_FAR) for n in (4, 2)),
             *(self._accuracy(f"dual {n}", f"single {n}", "more than", 0.0) for n in (4, 2)),
             *(self._frechet_ratio(f"dual {n}", f"single {n}", "less than", 1.0) for n in (4, 2)),
-            *(self._faster(best, "dual 4", batch, 20.0) for batch in self.timings or ("1",)),
+            *(
+                self._faster(slow, "dual 4", batch, 20.0)
+                for batch in self.timings or ("1",)
+                for slow in (best, TWO_PASSES.format(best))
+            ),
         ]
 
     def _absent(self, labels: Sequence[str], measure: str) -> str:

@@ -180,6 +180,13 @@ def test_the_anchor_is_not_compared_with_itself(first):
     assert figures["dual 2"]["teacher/latent_rmse"]["value"] > 0
 
 
+def test_the_guided_anchor_is_timed_in_one_pass_a_step_and_in_two(first):
+    timed = first.results["latency"]
+    assert {"teacher 3", "teacher 3 with two passes a step", "dual 2"} <= timed["1"].keys()
+    assert {"teacher 3", "teacher 3 with two passes a step"} <= timed["16"].keys()
+    assert "teacher 3 with two passes a step" not in {row["label"] for row in first.results["rows"]}
+
+
 def test_real_clips_move_as_asked(first):
     real = first.results["reference"][0]["figures"]
     assert real["path/direction"]["value"] == 1

@@ -45,7 +45,8 @@ def test_guidance_by_hand():
     torch.testing.assert_close(guide(cond, uncond, 6.0), cond + 5 * (cond - uncond))
 
 
-def test_guided_makes_one_batched_pass():
+@pytest.mark.parametrize(("batched", "passes"), [(True, [6]), (False, [3, 3])])
+def test_guided_makes_one_batched_pass_or_two(batched, passes):
     sizes = []
 
     def field(x_t, t, text):
@@ -54,8 +55,8 @@ def test_guided_makes_one_batched_pass():
 
     x, t = normal(1), times(0.9, 0.5, 0.1)
     text, null = TEXT + times(1, 2, 3).view(-1, 1, 1), torch.full((2, 4), -0.5, dtype=torch.float64)
-    found = guided(field, null, 3.0)(x, t, text)
-    assert sizes == [(6, 6, 6)]
+    found = guided(field, null, 3.0, batched=batched)(x, t, text)
+    assert sizes == [(size, size, size) for size in passes]
     cond, uncond = reads_text(x, t, text), reads_text(x, t, null.expand_as(text))
     torch.testing.assert_close(found, uncond + 3 * (cond - uncond))
 
