@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 SETTINGS = {
     # Of 2 s: a lost worker and the end of a stage are noticed sooner.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Of 60 s: a growing cluster takes minutes to bring a machine. Another start is counted as a loss.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
     # Workers stay where the job was started, so that relative paths keep their meaning.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
@@ -159,10 +161,33 @@ def _reached(run_dir: Path, stage: str) -> int:
 
 @contextmanager
 def cluster(scale: ScaleConfig) -> Iterator[None]:
-    """Be connected to a Ray that has room for the workers and the data flow; see `flow.connect`."""
-    needed = math.ceil(scale.num_workers * scale.cpus_per_worker) + 1
+    """Be connected to a Ray that has room for the workers and the data flow; see `flow.connect`.
+
+    Raises InvalidValue if a Ray of our own has not; of a cluster that is joined, and may grow, it is logged.
+    """
+    needed, connected = math.ceil(scale.num_workers * scale.cpus_per_worker) + 1, ray.is_initialized()
     with connect(num_cpus=max(os.cpu_count() or 1, needed)):
+        if not connected:
+            _require_room(scale, ray.cluster_resources(), grows=bool(os.environ.get("RAY_ADDRESS")))
         yield
+
+
+def _require_room(scale: ScaleConfig, there: Mapping[str, float], *, grows: bool) -> None:
+    """Say what the workers would wait for: Ray Train waits in silence."""
+    asked = {"CPU": scale.num_workers * scale.cpus_per_worker} | (
+        {"GPU": float(scale.num_workers)} if scale.use_gpu else {}
+    )
+    short = [
+        f"{n:g} {kind}, it has {there.get(kind, 0):g}" for kind, n in asked.items() if n > there.get(kind, 0)
+    ]
+    if not short:
+        return
+    if grows:
+        logger.warning("the workers wait until this cluster has grown: they need %s", "; ".join(short))
+        return
+    raise InvalidValue(
+        "scale.num_workers", scale.num_workers, f"what this machine has: they need {'; '.join(short)}"
+    )
 
 
 def _fit(told: dict[str, Any], scale: ScaleConfig, dataset: Dataset | None) -> None:
@@ -184,7 +209,10 @@ def _fit(told: dict[str, Any], scale: ScaleConfig, dataset: Dataset | None) -> N
             # A name used before would make Ray resume by itself.
             name=f"{told['state'].stage}-{uuid.uuid4().hex[:8]}",
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=0),
+            # Ray's own second start would go on from `told`, which is old by then: `launch` makes it.
+            failure_config=FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
             logging_config=LoggingConfig(log_level="ERROR"),  # `launch` says what is worth saying
         ),
         datasets={DATASET: dataset} if dataset is not None else {},

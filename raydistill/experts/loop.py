@@ -16,6 +16,8 @@ from raydistill.types import Batch
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the optimiser step and figures; every rank calls it."""
+NUM_LEVELS = 5
+"""Ranges of noise that losses are reported for."""
 Save = Callable[[int], None]
 
 
@@ -63,7 +65,8 @@ def distill(
     stage: Stage, batches: Iterable[Batch], *, report_every: int, save_every: int, report: Report, save: Save
 ) -> None:
     """Train until `stage.config.num_steps` from wherever the engine stands; `batches` starts at that step."""
-    meter, engine, began, since = Meter(), stage.engine, time.perf_counter(), stage.engine.steps
+    meter = Meter(stage.segment.levels(NUM_LEVELS))
+    engine, began, since = stage.engine, time.perf_counter(), stage.engine.steps
     if engine.steps >= stage.config.num_steps:
         return
     for batch in batches:

@@ -1,26 +1,30 @@
 """Running means of loss terms, in whole and by noise level, over all workers."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 
+from raydistill.consistency.schedule import SAME_TIME
 from raydistill.experts.semantic import Losses
-
-NUM_BUCKETS = 5
 
 
 class Meter:
-    """Sums per term and per fifth of the time axis since the last `read`."""
+    """Sums per term and noise level since the last `read`."""
 
-    def __init__(self):
-        """Start empty; terms appear as they come."""
+    def __init__(self, levels: Sequence[float]):
+        """Start empty; terms appear as they come. `levels`: increasing times between which to sum apart."""
+        self._labels = [f"{low:.3f}-{high:.3f}" for low, high in pairwise(levels)]
+        self._inner = torch.tensor(levels[1:-1], dtype=torch.float64) + SAME_TIME
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, losses: Losses) -> None:
         """Count one micro-batch."""
         for name, term in losses.terms.items():
-            # Bucket k holds t in (k, k + 1] / NUM_BUCKETS: a time on an edge is on the side nearer the data.
-            bucket = (term.t.double().cpu() * NUM_BUCKETS - 1e-6).floor().long().clamp(0, NUM_BUCKETS - 1)
-            sums = self._sums.setdefault(name, torch.zeros(2, NUM_BUCKETS, dtype=torch.float64))
+            # A time on an edge is on the side nearer the data.
+            bucket = torch.bucketize(term.t.double().cpu(), self._inner)
+            sums = self._sums.setdefault(name, torch.zeros(2, len(self._labels), dtype=torch.float64))
             sums[0].index_add_(0, bucket, term.value.double().cpu())
             sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
 
@@ -37,7 +41,6 @@ class Meter:
         for name, (total, count) in zip(names, sums, strict=True):
             means[f"loss/{name}"] = float(total.sum() / count.sum())
             for k in count.nonzero().flatten().tolist():
-                label = f"bucket/{k / NUM_BUCKETS:.1f}-{(k + 1) / NUM_BUCKETS:.1f}/{name}"
-                means[label] = float(total[k] / count[k])
+                means[f"bucket/{self._labels[k]}/{name}"] = float(total[k] / count[k])
         self._sums = {}
         return means

@@ -59,6 +59,15 @@ class Segment:
         t, r = self.grid.interval(picked)
         return t, r, torch.full_like(t, self.lower)
 
+    def levels(self, count: int) -> list[float]:
+        """Increasing times that part the segment into `count` ranges with about as many intervals each.
+
+        Even in what is drawn, not in time: a shifted grid has nearly all of its times at the noise.
+        """
+        inside = self.grid.intervals_in(self.upper, self.lower)
+        parts = min(count, len(inside))
+        return [self.grid.nodes[inside.start + len(inside) * k // parts] for k in range(parts, -1, -1)]
+
     def noise(self, index: Indices, like: Latents, purpose: str = "noise") -> Latents:
         """Standard normal noise of the samples `index`, shaped like `like`."""
         return draws.noise(self.seed, index, purpose, tuple(like.shape[1:])).to(like)

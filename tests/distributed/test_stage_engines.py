@@ -49,17 +49,17 @@ def _batches():
         yield Batch(torch.arange(2 * k, 2 * k + 2), *drawn)
 
 
-def _built(name, engine, num_steps=3):
+def _built(name, engine, num_steps=3, semantic=None):
     sizes = {"semantic": StageConfig, "detail": DetailConfig}[name](**SIZES, num_steps=num_steps)
     config = replace(CONFIG, engine=engine, **{name: sizes})
-    semantic = _teacher() if name == "detail" else None
+    semantic = (semantic or _teacher()) if name == "detail" else None
     empty = torch.zeros(1, *LATENTS), torch.zeros(1, *TEXT)
     return build_stage(config, name, _teacher(), semantic, *empty)
 
 
-def _trained(name, engine):
+def _trained(name, engine, semantic=None):
     """Moving averages and first figures of a short run."""
-    stage, figures = _built(name, engine), []
+    stage, figures = _built(name, engine, semantic=semantic), []
     report = lambda step, values: figures.append(values)  # noqa: E731
     distill(stage, _batches(), report_every=1, save_every=9, report=report, save=lambda step: None)
     copies = {kind: slow.weights for kind, slow in stage.slow_copies().items()}
@@ -108,6 +108,26 @@ def test_a_stage_in_bf16_is_near_plain_torchs(name, zero_stage):
             # AdamW takes a full step, here of 1e-3, also along a gradient whose sign is one of rounding.
             assert (found - expected).abs().mean() < 1e-4
             torch.testing.assert_close(found, expected, rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_training_the_detail_expert_leaves_the_semantic_one_bit_for_bit(zero_stage):
+    semantic = _teacher()
+    before = {n: p.detach().clone() for n, p in semantic.named_parameters()}
+    averages, _, _ = _trained("detail", EngineConfig(zero_stage=zero_stage), semantic)
+    assert all(torch.equal(p, before[n]) for n, p in semantic.named_parameters())
+    copied = [n for n in averages["average"] if n in before]
+    assert any(not torch.equal(averages["average"][n], before[n]) for n in copied)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("name", ["semantic", "detail"])
+def test_activation_checkpointing_changes_no_number(name, zero_stage):
+    plain = _trained(name, EngineConfig(zero_stage=zero_stage))
+    ours = _trained(name, EngineConfig(zero_stage=zero_stage, activation_checkpointing=True))
+    for kind, weights in plain[0].items():
+        for n, expected in weights.items():
+            torch.testing.assert_close(ours[0][kind][n], expected, msg=f"{kind} {n}")
 
 
 BESIDE_A_GPU = """

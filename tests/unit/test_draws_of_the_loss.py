@@ -7,7 +7,7 @@ import torch
 
 from raydistill.config.distill import ObjectiveConfig
 from raydistill.consistency.phases import Phases
-from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
+from raydistill.consistency.schedule import DCM_GRID, SAME_TIME, RectifiedFlow, TimeGrid
 from raydistill.errors import NonFiniteLoss
 from raydistill.experts.detail import Judges, critic_losses, detail_losses, renoised_pair
 from raydistill.experts.loop import require_finite
@@ -149,7 +149,7 @@ def test_a_term_of_weight_0_is_not_computed():
     assert set(semantic_losses(_exact(), _segment(), _batch(), PLAIN).terms) == {"consistency"}
 
 
-def _stage(real="data"):
+def _stage(real="data", last=0.0):
     """A small detail stage: student, slow target and teacher of the real classes, with judges."""
     nets = [build_tiny_teacher(seed, dim_head=12, num_heads=2, num_layers=2) for seed in (0, 1, 2)]
     for i, net in enumerate(nets):
@@ -157,26 +157,26 @@ def _stage(real="data"):
         for p in net.parameters():
             p.data.add_(0.1 * torch.randn(p.shape, generator=rng))
     student, target, teacher = nets
-    target.requires_grad_(False), teacher.requires_grad_(False)
+    teacher.requires_grad_(False)
     torch.manual_seed(0)
     critic = TokenCritic(2, 24, 8)
     batch = _batch(4)
     batch = Batch(batch.index, batch.latents.float(), batch.text.float())
     judges = Judges(teacher, critic, (0, 1), teacher.token_grid(batch.latents), real)
-    return Networks(student, target, teacher), judges, _segment(0.6, 0.0), batch
+    return Networks(student, target, teacher), judges, _segment(0.6, last, TimeGrid(5, last=last)), batch
 
 
 OBJECTIVE = ObjectiveConfig(adversarial=0.7, feature_matching=0.3)
 
 
-@pytest.mark.parametrize("real", ["data", "target"])
-def test_the_leafs_detour_gives_the_gradient_of_the_whole_sum(real):
-    nets, judges, segment, batch = _stage(real)
+@pytest.mark.parametrize(("real", "last"), [("data", 0.0), ("target", 0.0), ("target", 0.15)])
+def test_the_leafs_detour_gives_the_gradient_of_the_whole_sum(real, last):
+    nets, judges, segment, batch = _stage(real, last)
     losses, _ = detail_losses(nets, judges, segment, batch, OBJECTIVE)
     losses.total.backward()
     taken = {n: p.grad.clone() for n, p in nets.student.named_parameters()}
     assert all(p.grad is None for p in judges.critic.parameters())
-    assert all(p.grad is None for p in judges.teacher.parameters())
+    assert all(p.grad is None for net in (judges.teacher, nets.target) for p in net.parameters())
     nets.student.zero_grad()
 
     direct = _direct_total(nets, judges, segment, batch)
@@ -191,11 +191,11 @@ def _direct_total(nets, judges, segment, batch):
     pair = consistency_pair(nets, segment, batch)
     _, a, _ = segment.times(batch.index, "adversarial time")
     n, at = segment.noise(batch.index, pair.guess, "adversarial noise"), a.float().view(-1, 1, 1, 1, 1)
+    s = segment.lower
     real = batch.latents if judges.real == "data" else pair.goal
-    fake_maps, fake_seen = judges.teacher.features(
-        (1 - at) * pair.guess + at * n, a, batch.text, judges.blocks
-    )
-    _, real_seen = judges.teacher.features((1 - at) * real + at * n, a, batch.text, judges.blocks)
+    fake, real = (((1 - at) * x + (at - s) * n) / (1 - s) for x in (pair.guess, real))
+    fake_maps, fake_seen = judges.teacher.features(fake, a, batch.text, judges.blocks)
+    _, real_seen = judges.teacher.features(real, a, batch.text, judges.blocks)
     total = consistency_terms(pair, OBJECTIVE)["consistency"].value.mean()
     logits = torch.cat(judges.critic(fake_maps, judges.grid))
     total = total + 0.7 * torch.relu(1 - logits).mean()
@@ -204,6 +204,15 @@ def _direct_total(nets, judges, segment, batch):
         + 0.3
         * torch.stack([(f - r).square().mean() for f, r in zip(fake_seen, real_seen, strict=True)]).mean()
     )
+
+
+def test_against_the_target_both_take_the_straight_line_from_the_segments_end_with_one_noise():
+    segment, batch = _segment(1.0, 0.3, TimeGrid(3, last=0.3)), _batch(8)
+    guess, goal, s = batch.latents, batch.latents.flip(0), torch.full((8,), 0.3, dtype=torch.float64)
+    fake, real, a = renoised_pair(segment, batch, Jumped(guess, goal, s, s), guess, "target")
+    at, n = a.view(-1, 1, 1, 1, 1), segment.noise(batch.index, guess, "adversarial noise")
+    torch.testing.assert_close(fake, ((1 - at) * guess + (at - 0.3) * n) / 0.7)
+    torch.testing.assert_close(real, ((1 - at) * goal + (at - 0.3) * n) / 0.7)
 
 
 def test_against_data_a_perfect_students_sample_is_as_noisy_as_the_real_one():
@@ -254,6 +263,19 @@ def test_without_judges_the_detail_draw_is_the_consistency_loss():
     torch.testing.assert_close(losses.total, semantic_losses(nets, segment, batch, PLAIN).total)
 
 
+@pytest.mark.parametrize(
+    ("grid", "lower"), [(GRID, 0.6), (DCM_GRID, DCM_GRID.nodes[37]), (TimeGrid(3), 1 / 3)]
+)
+def test_noise_levels_share_what_is_drawn(grid, lower):
+    segment = _segment(1.0, lower, grid)
+    levels = segment.levels(5)
+    assert (levels[0], levels[-1]) == (grid.snap(lower), 1.0)
+    t, _, _ = segment.times(torch.arange(6000))
+    count = torch.bincount(torch.bucketize(t, torch.tensor(levels[1:-1], dtype=torch.float64) + SAME_TIME))
+    assert len(count) == min(5, len(grid.intervals_in(1.0, lower)))
+    assert count.min() > 0.6 * count.max()
+
+
 def test_a_term_that_is_not_finite_stops_the_run_by_name():
     nan = Losses(
         torch.tensor(0.0), {"feature_matching": Term(0.0, torch.tensor([1.0, torch.nan]), torch.zeros(2))}
@@ -263,12 +285,12 @@ def test_a_term_that_is_not_finite_stops_the_run_by_name():
 
 
 def test_the_meter_means_by_term_and_noise_level():
-    meter, t = Meter(), torch.tensor([0.2, 0.21, 1.0, 0.95])
+    meter, t = Meter([0.0, 0.2, 0.4, 0.8, 1.0]), torch.tensor([0.2, 0.21, 1.0, 0.95])
     meter.add(Losses(torch.tensor(0.0), {"a": Term(1.0, torch.tensor([1.0, 2.0, 3.0, 5.0]), t)}))
     meter.add(Losses(torch.tensor(0.0), {"a": Term(1.0, torch.tensor([3.0]), torch.tensor([0.1]))}))
     assert meter.read() == {
         "loss/a": pytest.approx(14 / 5),
-        "bucket/0.0-0.2/a": pytest.approx(2.0),
-        "bucket/0.2-0.4/a": pytest.approx(2.0),
-        "bucket/0.8-1.0/a": pytest.approx(4.0),
+        "bucket/0.000-0.200/a": pytest.approx(2.0),
+        "bucket/0.200-0.400/a": pytest.approx(2.0),
+        "bucket/0.800-1.000/a": pytest.approx(4.0),
     }

@@ -42,6 +42,7 @@ LOSSES = "raydistill.consistency.losses"
 AVERAGE = "raydistill.consistency.average"
 SAMPLER = "raydistill.sampler"
 SEMANTIC = "raydistill.experts.semantic"
+DETAIL = "raydistill.experts.detail"
 STAGES = "raydistill.experts.stages"
 EXPERT = "raydistill.models.expert"
 
@@ -71,6 +72,10 @@ MUTANTS = [
     Mutant("merged LoRA forgets the branch", EXPERT, "base.weight + layer.get_delta_weight", "base.weight + 0 * layer.get_delta_weight", "unit/test_expert.py::test_merged_lora_computes_the_same_and_leaves_the_semantic_expert_alone"),
     Mutant("no_grad dropped from the target", SEMANTIC, "with torch.no_grad():", "if True:", "unit/test_draws_of_the_loss.py::test_only_the_student_gets_gradients"),
     Mutant("target is the teacher", SEMANTIC, "nets.target(x_r, r, text)", "nets.teacher(x_r, r, text)", "unit/test_draws_of_the_loss.py::test_the_goal_is_the_targets_jump_from_one_teacher_step_nearer_the_data"),
+    Mutant("critic's inputs noised as if they were clean", DETAIL, "return renoise(leaf, noise, a, s), renoise(pair.goal, noise, a, s), a", "return renoise(leaf, noise, a, 0 * s), renoise(pair.goal, noise, a, 0 * s), a", "unit/test_draws_of_the_loss.py::test_against_the_target_both_take_the_straight_line_from_the_segments_end_with_one_noise"),
+    Mutant("another noise for the real side", DETAIL, "renoise(pair.goal, noise, a, s), a", "renoise(pair.goal, noise.flip(0), a, s), a", "unit/test_draws_of_the_loss.py::test_against_the_target_both_take_the_straight_line_from_the_segments_end_with_one_noise"),
+    Mutant("critic asks the teacher again", DETAIL, "CriticInputs([m.detach() for m in fake_maps], real_maps, a)", "CriticInputs([m.detach() for m in judges.teacher.features(fake, a, batch.text, judges.blocks)[0]], real_maps, a)", "unit/test_draws_of_the_loss.py::test_the_critics_turn_reuses_features_and_reaches_the_critic_alone"),
+    Mutant("straight line instead of the exact variance", DETAIL, "fake = diffuse(leaf, noise, a, s, segment.schedule)", "fake = renoise(leaf, noise, a, s)", "unit/test_draws_of_the_loss.py::test_against_data_a_perfect_students_sample_is_as_noisy_as_the_real_one"),
     Mutant("goal is x0, not x at the boundary", SEMANTIC, "torch.full_like(t, self.lower)", "torch.zeros_like(t)", "unit/test_draws_of_the_loss.py::test_times_stay_inside_the_segment_and_reach_every_interval"),
 ]
 # fmt: on
