@@ -170,7 +170,9 @@ def main() -> None:
     digests = check(config, store, analyse=only_analyse)
     output.mkdir(parents=True, exist_ok=True)
     if only_analyse:
-        analyse_teacher(config, store)
+        with disk_full_explained(output, DistillError):
+            analyse_teacher(config, store)
+            dump(config, output / "analysis.yaml")
         return
     with disk_full_explained(output, DistillError), checkpoint.alone_in(output):
         distil(config, store, digests)

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from raydistill.artifacts import tree_digest
 from raydistill.config.evaluate import EvaluateConfig
-from raydistill.config.load import from_command_line, run
-from raydistill.errors import MissingArtifact
+from raydistill.config.load import dump, from_command_line, run
+from raydistill.errors import ArtifactError, MissingArtifact, disk_full_explained
 from raydistill.evaluation.build import build_report
 from raydistill.evaluation.candidates import build_lineup
 from raydistill.evaluation.measures import Asked
@@ -93,6 +93,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     config, switches = from_command_line(EvaluateConfig, sys.argv[1:], switches=SWITCHES)
     torch.set_num_threads(config.threads)
+    output = Path(config.output)
     setting = make_setting(config)
     lineup = build_lineup(config, WordVectors()([""])[0])
     with tqdm(total=len(lineup.candidates) * config.num_clips, unit="clip", mininterval=1.0) as bar:
@@ -103,8 +104,9 @@ def main() -> None:
             bar.update(done - last.get(title, 0))
             last[title] = done
 
-        report = build_report(config, setting, lineup, progress)
-    output = Path(config.output)
+        with disk_full_explained(output, ArtifactError):
+            report = build_report(config, setting, lineup, progress)
+            dump(config, output / "config.yaml")
     print((output / "report" / "table.md").read_text(encoding="utf-8"))
     for one in report.results["skipped"]:
         print(f"skipped {one['what']}: {one['reason']}")

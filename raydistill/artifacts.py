@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydistill.errors import CorruptArtifact, MissingArtifact, StaleArtifact
+from raydistill.errors import CorruptArtifact, MissingArtifact, StaleArtifact, storage_explained
 
 MANIFEST = "manifest.json"
 LATENTS_SCHEMA_VERSION = 1
@@ -243,7 +243,7 @@ class LatentStore:
         require_identity(self.manifest.identity, {"models": {"codec": {"digest": digest}}}, self.folder)
 
     def row(self, i: int) -> LatentRow:
-        """Return row `i`. Raises IndexError, CorruptArtifact."""
+        """Return row `i`. Raises IndexError; CorruptArtifact for wrong bytes, else another ArtifactError."""
         return self.rows([i])[0]
 
     def rows(self, indices: Sequence[int]) -> list[LatentRow]:
@@ -280,20 +280,19 @@ class LatentStore:
         if shard not in self._open:
             name = self._names[shard]
             path = self.folder / name
-            if footer_sha256(path) != self.manifest.files[name]["footer_sha256"]:
-                raise CorruptArtifact(f"{path}: its footer differs from what was written")
-            self._open[shard] = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+            with storage_explained(path, (pa.ArrowException,)):
+                if footer_sha256(path) != self.manifest.files[name]["footer_sha256"]:
+                    raise CorruptArtifact(f"{path}: its footer differs from what was written")
+                self._open[shard] = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
         return self._open[shard]
 
     def _read(self, shard: int, group: int | None, columns: list[str]) -> pa.Table:
         """Read columns of one row group, or of the whole shard."""
         file = self._file(shard)
-        try:
+        with storage_explained(self.folder / self._names[shard], (pa.ArrowException,)):
             if group is None:
                 return file.read(columns=columns, use_threads=False)
             return file.read_row_group(group, columns=columns, use_threads=False)
-        except (OSError, pa.ArrowException) as broken:
-            raise CorruptArtifact(f"{self.folder / self._names[shard]}, group {group}: {broken}") from broken
 
     def _decode(self, table: pa.Table, at: int) -> LatentRow:
         """Build a row from a group's table."""

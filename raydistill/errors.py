@@ -177,6 +177,23 @@ def disk_full_explained(
         ) from failed
 
 
+@contextmanager
+def storage_explained(path: Path, damage: tuple[type[Exception], ...]) -> Generator[None, None, None]:
+    """Tell a file that cannot be reached, and may be back later, from one with wrong bytes.
+
+    `damage` is what its reader raises for those, besides an OSError without the system's number. Raises
+    MissingArtifact, CorruptArtifact, or ArtifactError for storage that fails.
+    """
+    try:
+        yield
+    except FileNotFoundError as gone:
+        raise MissingArtifact(f"{path} is gone, though its manifest names it: prepare again") from gone
+    except (OSError, *damage) as failed:
+        if not isinstance(failed, OSError) or failed.errno is None:
+            raise CorruptArtifact(f"{path}: {failed}") from failed
+        raise ArtifactError(f"{path} cannot be read ({failed}): see to the storage and run again") from failed
+
+
 def _system_code(failed: Exception) -> int | None:
     """Return the operating system's number of a failure; libraries in Rust give it in their text alone."""
     if isinstance(failed, OSError):

@@ -5,7 +5,6 @@ Experts are chosen by comparing float64 times when the plan is built, never from
 the network's dtype.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
@@ -116,21 +115,6 @@ class SamplingPlan:
             raise SamplingError("a sampling plan lists its jumps")
         jumps = tuple(_record(Jump, one, f"jumps[{i}].") for i, one in enumerate(listed))
         return _record(SamplingPlan, {"jumps": jumps, **values})
-
-    def to_json(self) -> str:
-        """Text that `from_json` reads back exactly."""
-        return json.dumps(self.to_dict(), indent=1)
-
-    @staticmethod
-    def from_json(text: str) -> "SamplingPlan":
-        """Raise as `from_dict`, and SamplingError for text that is no JSON object."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise SamplingError(f"a sampling plan that is no JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise SamplingError("a sampling plan is a JSON object")
-        return SamplingPlan.from_dict(values)
 
 
 def _record(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -147,8 +147,14 @@ def _read_values(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_student(path: str | Path, teacher: str | Path | None = None, *, merged: bool = True) -> Student:
-    """Load a student; with the teacher's folder also plans with a teacher's tail can run.
+def load_student(
+    path: str | Path,
+    teacher: str | Path | None = None,
+    *,
+    merged: bool = True,
+    device: str | torch.device = "cpu",
+) -> Student:
+    """Load a student onto `device`; with the teacher's folder also plans with a teacher's tail can run.
 
     merged: LoRA is folded into attention weights of the detail expert's own, the fastest form. False keeps
     base and branch apart: bit-equal to what was trained, smaller in memory.
@@ -157,20 +163,20 @@ def load_student(path: str | Path, teacher: str | Path | None = None, *, merged:
     folder = Path(path)
     card, plans = read_card(folder)
     semantic = load_teacher(folder / "semantic").requires_grad_(False)
-    fields: dict[str, VelocityField] = {"semantic": semantic}
+    experts = {"semantic": semantic}
     if card.kind == "dual_full":
-        fields["detail"] = load_teacher(folder / "detail").requires_grad_(False)
+        experts["detail"] = load_teacher(folder / "detail").requires_grad_(False)
     elif card.lora is not None:
         detail = add_detail(semantic, int(card.lora[0]), float(card.lora[1]), seed=0)
         load_own_state(detail, load_file(folder / "detail.safetensors"))
         detail = detail.requires_grad_(False).eval()
-        fields["detail"] = merge_lora(detail) if merged else detail
+        experts["detail"] = merge_lora(detail) if merged else detail
+    # Not one by one: what the detail expert shares with the semantic one stays shared.
+    fields: dict[str, VelocityField] = {name: expert.to(device) for name, expert in experts.items()}
     if teacher is not None:
         found = tree_digest(teacher)
         if card.sources.get("teacher") not in (None, found):
             raise StaleArtifact(f"{folder} was distilled from another teacher than {teacher}")
-        null_text = torch.zeros(card.text_shape)
-        fields["teacher"] = guided(
-            load_teacher(teacher).requires_grad_(False), null_text, card.guidance_scale
-        )
+        network = load_teacher(teacher).requires_grad_(False).to(device)
+        fields["teacher"] = guided(network, torch.zeros(card.text_shape), card.guidance_scale)
     return Student(card, fields, plans)

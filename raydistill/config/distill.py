@@ -32,7 +32,8 @@ class TargetConfig:
     kind: Literal["online", "ema"] = "ema"
     """`online`: the student itself without gradients (DCM's code); `ema`: its moving average (DCM's text)."""
     decay: float = 0.95
-    """Decay of the moving average per optimizer step, in [0, 1). Unused when online."""
+    """Decay of the moving average per optimizer step, in [0, 1); at step n at most (1 + n) / (10 + n).
+    Unused when online."""
 
     def __post_init__(self):
         """Check ranges."""
@@ -280,7 +281,9 @@ class DistillConfig:
     target: TargetConfig = field(default_factory=TargetConfig)
     """Network that gives the goal."""
     average_decay: float = 0.995
-    """Decay of the moving average of the student that is kept as the result, in [0, 1); 0 keeps the last."""
+    """Decay of the moving average of the student that is kept as the result, in [0, 1); 0 keeps the last.
+    At step n at most (1 + n) / (10 + n), so that a short run's average is not mostly its beginning: 0.995
+    holds from step 1,790 on."""
     semantic: StageConfig = field(default_factory=StageConfig)
     """First stage: t in (boundary, 1]."""
     detail: DetailConfig = field(default_factory=DetailConfig)

@@ -42,14 +42,16 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return the settings that shape a stage's numbers; a checkpoint made with others is refused.
 
-    Where a run lies, how it is watched and on how many workers it runs are not among them. The detail stage
-    is also bound to the very semantic expert that it began with.
+    Where a run lies, how it is watched, on how many workers it runs and in how many parts each takes a batch
+    are not among them. The detail stage is also bound to the very semantic expert that it began with.
     """
     values = asdict(config)
     for name in ("output", "data", "teacher", "codec", "scale", "tracking", "sampling", "save_every", "keep"):
         del values[name]
     for name in ("report_every", "resume", "engine"):
         del values[name]
+    for name in ("semantic", "detail"):
+        del values[name]["micro_batch"]
     if stage == "semantic":
         del values["detail"]
     engine = {"precision": config.engine.precision, "engine_extra": config.engine.extra}

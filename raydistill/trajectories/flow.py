@@ -45,6 +45,8 @@ MOST_TASKS = 1024
 CPUS_PER_LOADER = 0.25
 """Reading is short and mostly waiting, and the training should have the cores."""
 SUBSTITUTES_TRIED = 16
+FEW_REPLACED, MOST_REPLACED = 16, 0.05
+"""Damaged rows of a worker that are let pass, and the share of all samples above which they are not."""
 PREFETCHED = 2
 """Blocks on their way to a worker while it trains on another."""
 NO_SAMPLE = -1
@@ -209,6 +211,11 @@ def _batches(
         if loaded["notes"]:
             replaced += len(loaded["notes"])
             _report(loaded["notes"], replaced, place[0], quarantine)
+            if replaced > max(FEW_REPLACED, MOST_REPLACED * (step + 1 - start_step) * len(index)):
+                raise CorruptArtifact(
+                    f"{replaced} damaged rows by step {step} on rank {place[0]}, over {MOST_REPLACED:.0%}: "
+                    f"prepare the latents again; the last one: {loaded['notes'][-1]['reasons'][-1]}"
+                )
         for at in range(0, len(index), micro_batch):
             part = slice(at, at + micro_batch)
             yield Batch(

@@ -24,16 +24,19 @@ from launch_cases import (
 )
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError, UserCodeException
 from ray.train import WorkerGroupError
+from ray.train.torch import TorchTrainer
 from safetensors.numpy import load_file
 from shared_memory import shared_memory
 
 from raydistill.config.distill import ScaleConfig
 from raydistill.errors import DistillError, IncompatibleCheckpoint, InvalidValue, NonFiniteLoss
+from raydistill.experts import launch as launching
 from raydistill.experts.checkpoint import newest_verified
 from raydistill.experts.launch import (
     RAYS_OWN,
     _raise_unless_lost,
     _reached,
+    _require_room,
     _require_shared,
     _summary,
     cluster,
@@ -125,6 +128,33 @@ def test_a_node_that_does_not_see_the_output_is_named(tmp_path):
     with pytest.raises(InvalidValue, match="must be storage that all machines share: node") as caught:
         _require_shared(tmp_path, "of an earlier start")
     assert (caught.value.key, caught.value.value) == ("output", str(tmp_path))
+
+
+def test_workers_that_a_machine_cannot_hold_are_refused_and_a_cluster_may_grow(caplog):
+    scale, there = ScaleConfig(num_workers=2, use_gpu=True), {"CPU": 4.0, "GPU": 1.0}
+    with pytest.raises(InvalidValue, match="they need 2 GPU, it has 1") as refused:
+        _require_room(scale, there, grows=False)
+    assert refused.value.key == "scale.num_workers"
+    _require_room(scale, there, grows=True)
+    assert "wait until this cluster has grown: they need 2 GPU, it has 1" in caplog.text
+    _require_room(scale, {"CPU": 4.0, "GPU": 2.0}, grows=False)
+    _require_room(ScaleConfig(num_workers=2), {"CPU": 4.0}, grows=False)
+
+
+def test_ray_train_never_starts_workers_again_by_itself(local_ray, tmp_path, monkeypatch):
+    """It would with the first start's step and feed, also after a preemption; `launch` looks at the disk."""
+    asked = []
+
+    class Watched(TorchTrainer):
+        def fit(self):
+            asked.append(self.run_config.failure_config)
+            raise DistillError("seen")
+
+    monkeypatch.setattr(launching, "TorchTrainer", Watched)
+    with pytest.raises(DistillError, match="seen"):
+        run(tmp_path)
+    (limits,) = asked
+    assert (limits.max_failures, limits.max_preemption_failures, limits.controller_failure_limit) == (0, 0, 0)
 
 
 CASES = {

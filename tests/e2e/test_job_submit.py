@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raydistill.student import load_student
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.e2e
 
@@ -109,11 +111,12 @@ def test_prepare_and_distill_run_on_a_running_head(head, tmp_path):
         "jobs/tiny/smoke.yaml",
         f"data={latents}",
         f"output={run}",
-        "experts=single",  # one stage: that both follow each other is the main job's test
+        "experts=dual_full",
     ]
     distilled = submit(head, *job)
     assert distilled.returncode == 0, distilled.stdout + distilled.stderr
-    assert (run / "student" / "student.json").is_file()
+    assert set(load_student(run / "student").fields) == {"semantic", "detail"}
+    assert load_student(run / "student").kind == "dual_full"
     assert "student: " in distilled.stdout
 
 

@@ -1,5 +1,6 @@
 """Artifacts: every byte that differs from what was written is noticed before it is used."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -24,7 +25,7 @@ from raydistill.artifacts import (
     write_atomically,
     write_json,
 )
-from raydistill.errors import CorruptArtifact, MissingArtifact, StaleArtifact
+from raydistill.errors import ArtifactError, CorruptArtifact, MissingArtifact, StaleArtifact
 from raydistill.latents.shards import latent_row, point_to, write_artifact, write_shard
 
 IDENTITY = {"models": {"codec": {"digest": "a" * 64}, "text": {"kind": "word_vectors"}}, "dtype": "float32"}
@@ -261,6 +262,25 @@ def test_every_flipped_bit_of_a_shard_is_noticed(tmp_path):
     assert noticed > tried / 2  # most of the file is tensors and footer
     path.write_bytes(good)
     LatentStore(tmp_path).verify()
+
+
+def test_storage_that_fails_is_not_taken_for_wrong_bytes(tmp_path, monkeypatch):
+    # Another row takes a damaged one's place; for one that is out of reach just now that would be wrong.
+    make_store(tmp_path, sizes=(3,))
+    store = LatentStore(tmp_path)
+    (tmp_path / "abc" / "00000.parquet").rename(tmp_path / "aside")
+    with pytest.raises(MissingArtifact, match="prepare again"):
+        store.row(0)
+    (tmp_path / "aside").rename(tmp_path / "abc" / "00000.parquet")
+    store.row(0)
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fails)
+    with pytest.raises(ArtifactError, match="see to the storage") as failed:
+        store.row(1)
+    assert not isinstance(failed.value, CorruptArtifact)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])

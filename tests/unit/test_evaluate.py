@@ -12,35 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluate_cases import NULL_TEXT, make_config, make_student, make_weights
 from PIL import Image
 
-from raydistill.config.evaluate import EvaluateConfig, LatencyConfig, PicturesConfig
+from raydistill.config.evaluate import LatencyConfig
 from raydistill.config.load import dump
-from raydistill.consistency.schedule import TimeGrid
-from raydistill.errors import MissingArtifact, StaleArtifact
+from raydistill.errors import MissingArtifact
 from raydistill.evaluation.build import build_report
 from raydistill.evaluation.candidates import Lineup, build_lineup
 from raydistill.evaluation.records import RecordStore
 from raydistill.evaluation.run import Bench, draw_latents
-from raydistill.models.codec import build_tiny_codec
-from raydistill.models.expert import add_detail
-from raydistill.models.judge import Judge
-from raydistill.models.text import WordVectors
-from raydistill.models.wan import build_tiny_teacher
-from raydistill.sampler import build_plan, with_tail
-from raydistill.student import Card, load_student, save_student
 from raydistill.world import sprites
-
-ATTRIBUTES = {
-    "shape": sprites.SHAPES,
-    "colour": tuple(sprites.COLOURS),
-    "direction": tuple(sprites.DIRECTIONS),
-    "background": sprites.BACKGROUNDS,
-    "speed": tuple(sprites.SPEEDS),
-}
-GRID = TimeGrid(10)
-SMALL = {"dim_head": 12, "num_heads": 2, "num_layers": 1}
-NULL_TEXT = WordVectors()([""])[0]
 
 
 def load_job():
@@ -54,65 +36,11 @@ def load_job():
 job = load_job()
 
 
-def make_student(folder, kind, seed, sources=None, path="deterministic"):
-    semantic = build_tiny_teacher(seed, **SMALL)
-    boundary = None if kind == "single" else 0.6
-    detail = add_detail(semantic, 2, 4.0, seed) if kind == "dual" else None
-    card = Card(
-        kind=kind,
-        boundary=boundary,
-        grid=GRID,
-        guidance_scale=2.0,
-        latent_shape=(4, 16, 4, 4),
-        text_shape=(8, 32),
-        lora=(2, 4.0) if kind == "dual" else None,
-        sources=sources or {},
-    )
-    plans = {str(n): build_plan(n, boundary, GRID, path) for n in (1, 2)}
-    if kind == "dual":
-        plans["1+tail"] = with_tail(1, boundary, GRID, path)
-    save_student(folder, card, semantic, detail, plans)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    build_tiny_teacher(0, **SMALL).transformer.save_pretrained(folder / "teacher")
-    build_tiny_codec(0, width=8).save(folder / "codec")
-    Judge(ATTRIBUTES, width=8).save(folder / "judge")
-    make_student(folder / "dual0", "dual", 1)
-    make_student(folder / "dual1", "dual", 2)
-    make_student(folder / "single0", "single", 3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(weights, tmp_path_factory):
-    metrics = weights / "metrics.jsonl"
-    lines = [{"step": n, "stage": "semantic", "loss/consistency": 1 / n} for n in range(1, 50)]
-    metrics.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return EvaluateConfig(
-        teacher=str(weights / "teacher"),
-        codec=str(weights / "codec"),
-        judge=str(weights / "judge"),
-        students={
-            "dual": [str(weights / "dual0"), str(weights / "dual1")],
-            "single": [str(weights / "single0")],
-        },
-        output=str(tmp_path_factory.mktemp("output")),
-        num_clips=4,
-        reference_clips=8,
-        teacher_steps=(3, 1),
-        student_steps=(2, 1),
-        semantic_tail=(1,),
-        head_detail=(1,),
-        num_draws=20,
-        threads=1,
-        metrics={"dual": str(metrics), "gone": str(weights / "nothing.jsonl")},
-        latency=LatencyConfig(rounds=2),
-        pictures=PicturesConfig(captions=2, strip_captions=2),
-    )
+def config(tmp_path_factory):
+    weights = tmp_path_factory.mktemp("weights")
+    make_weights(weights)
+    return make_config(weights, tmp_path_factory.mktemp("output"))
 
 
 def evaluate(config):
@@ -282,36 +210,6 @@ def test_strict_raises_for_what_is_missing(config, lacks):
     read = job.make_setting if "judge" in lacks else partial(build_lineup, null_text=NULL_TEXT)
     with pytest.raises(MissingArtifact, match="/nothing"):
         read(strict)
-
-
-@pytest.mark.parametrize("source", ["teacher", "codec"])
-def test_a_student_of_other_networks_is_refused(config, tmp_path, source):
-    stranger = make_student(tmp_path / "stranger", "dual", 1, sources={source: "0" * 64})
-    with pytest.raises(StaleArtifact, match=f"another {source}"):
-        build_lineup(dataclasses.replace(config, students={"dual": [stranger]}), NULL_TEXT)
-
-
-@pytest.mark.parametrize("name", ["guidance_scale", "shift"])
-def test_a_student_of_another_path_of_the_teacher_is_refused(config, name):
-    with pytest.raises(StaleArtifact, match=f"set {name}="):
-        build_lineup(dataclasses.replace(config, **{name: 3.0}), NULL_TEXT)
-
-
-def test_steps_a_student_cannot_do_are_skipped_and_another_path_has_its_own_rows(config):
-    asked = dataclasses.replace(config, student_steps=(7, 2), paths=("stored", "renoise"))
-    lineup = build_lineup(asked, NULL_TEXT)
-    assert [one.what for one in lineup.skipped if "dual" in one.what] == ["dual 7", "dual 7 renoise"]
-    plans = {one.label: one.plan.path for one in lineup.candidates if one.group.startswith("single")}
-    assert plans == {"single 2": "deterministic", "single 2 renoise": "renoise"}
-
-
-@pytest.mark.parametrize("path", ["deterministic", "renoise"])
-def test_mixtures_with_the_teacher_follow_the_students_stored_path(config, tmp_path, path):
-    student = make_student(tmp_path / "student", "dual", 1, path=path)
-    asked = dataclasses.replace(config, students={"dual": [student]})
-    plans = {one.label: one.plan for one in build_lineup(asked, NULL_TEXT).candidates}
-    assert plans["semantic 1 + tail"] == load_student(student).plans["1+tail"]
-    assert plans["head + detail 1"].path == path
 
 
 def test_page_holds_everything_and_fetches_nothing(config, first):

@@ -4,7 +4,6 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -52,6 +51,18 @@ def run_dir(tmp_path):
     return tmp_path
 
 
+class Latents:
+    """As much of a store as a start looks at."""
+
+    fingerprint = "0" * 64
+
+    def __len__(self):
+        return 64
+
+    def row(self, i):
+        return SimpleNamespace(latents=np.zeros((4, 2, 4, 4), np.float32), text=np.zeros((8, 32), np.float32))
+
+
 def nobody(worker):
     raise AssertionError("a worker was started")
 
@@ -95,11 +106,9 @@ def test_finished_is_both_stages_at_their_last_step(distill, run_dir):
 
 def test_a_refused_command_leaves_the_settings_of_the_run_alone(distill, run_dir):
     (run_dir / SETTINGS).write_text("the settings of this run", encoding="utf-8")
-    row = SimpleNamespace(latents=np.zeros((4, 2, 4, 4), np.float32), text=np.zeros((8, 32), np.float32))
-    store = MagicMock(**{"__len__.return_value": 64, "row.return_value": row}, fingerprint="0" * 64)
     stranger = DistillConfig(output=str(run_dir), semantic=StageConfig(**SIZES), detail=DetailConfig(**SIZES))
     with pytest.raises(IncompatibleCheckpoint, match="belongs to another run"):
-        distill.distil(stranger, store, {"teacher": "1" * 64})
+        distill.distil(stranger, Latents(), {"teacher": "1" * 64})
     assert (run_dir / SETTINGS).read_text(encoding="utf-8") == "the settings of this run"
     assert not (run_dir / "student").exists()
 
@@ -108,6 +117,9 @@ def test_all_that_shapes_the_detail_expert_is_in_its_identity(run_dir, tmp_path_
     config, semantic = DistillConfig(), run_dir / "checkpoints" / f"semantic-step-{NUM_STEPS:06d}"
     mine = settings_of(config, "detail", {}, semantic)
     assert settings_of(config, "detail", {}, semantic) == mine
+    small = {"semantic": StageConfig(micro_batch=4), "detail": DetailConfig(micro_batch=4)}
+    parts = replace(config, **small, scale=ScaleConfig(num_workers=4))
+    assert settings_of(parts, "detail", {}, semantic) == mine
     extra = replace(config, engine=EngineConfig(extra={"gradient_clipping": 0}))
     assert settings_of(extra, "detail", {}, semantic) != mine
     engines = roles()

@@ -137,6 +137,12 @@ def test_substitutes_are_the_same_on_other_workers(stores, plan):
         assert torch.equal(batch.latents, torch.cat([two[0][step].latents, two[1][step].latents]))
 
 
+def test_a_store_that_is_largely_damaged_ends_the_run(stores, plan):
+    damage(stores, "a", 0, 1, 2)
+    with pytest.raises(CorruptArtifact, match=r"damaged rows by step \d+ on rank 0, over 5%: prepare"):
+        list(iter_batches(Shard(plan, stores, 0, 1, 0, 20), plan, 0, 1, 8, 0))
+
+
 def test_a_source_without_a_good_row_ends_the_run(stores, plan):
     damage(stores, "b", *range(NUM_ROWS["b"]))
     with pytest.raises(CorruptArtifact, match="source 'b': 3 rows in turn cannot be read"):

@@ -282,8 +282,8 @@ def test_a_variance_preserving_teacher_samples_too():
 
 def test_plans_are_plain_json():
     plan = with_tail(2, DCM_GRID.nodes[12], DCM_GRID, "renoise", tail_steps=2)
-    assert SamplingPlan.from_json(plan.to_json()) == plan
-    values = json.loads(plan.to_json())
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert SamplingPlan.from_dict(values) == plan
     assert values["version"] == 1
     assert [one["t"] for one in values["jumps"][1:]] == [one["s"] for one in values["jumps"][:-1]]
 
@@ -306,10 +306,6 @@ def test_plans_that_cannot_be_read_say_why():
         SamplingPlan.from_dict({**values, "jumps": [[1.0, 0.0, "semantic"]]})
     with pytest.raises(SamplingError, match="cannot be read"):
         SamplingPlan.from_dict({**values, "last": "none"})
-    with pytest.raises(SamplingError, match="JSON"):
-        SamplingPlan.from_json("{")
-    with pytest.raises(SamplingError, match="object"):
-        SamplingPlan.from_json("[]")
 
 
 def test_sampling_is_deterministic_and_independent_of_the_batch():

@@ -96,6 +96,19 @@ def test_a_plan_with_a_teachers_tail_is_stored_and_needs_the_teacher(tmp_path):
     assert not torch.allclose(made, dual)
 
 
+@pytest.mark.parametrize("kind", ["dual", "dual_full", "single"])
+def test_every_network_of_a_student_is_on_the_device_asked_for(tmp_path, kind):
+    # `meta` stands for an accelerator: it refuses to meet tensors of the CPU.
+    _save(tmp_path / "student", kind)
+    _shaken(1).transformer.save_pretrained(tmp_path / "teacher")
+    student = load_student(tmp_path / "student", tmp_path / "teacher", device="meta")
+    shapes = (2, *student.card.latent_shape), (2, *student.card.text_shape)
+    noise, text = (torch.empty(shape, device="meta") for shape in shapes)
+    noise_at = keyed_noise(1, torch.arange(2))
+    for plan in student.plans.values():
+        assert sample(student.fields, student.schedule, plan, noise, text, noise_at=noise_at).is_meta
+
+
 def test_a_changed_file_a_missing_card_and_another_teacher_are_refused(tmp_path):
     _save(tmp_path / "a")
     weights = tmp_path / "a" / "detail.safetensors"

@@ -1,0 +1,47 @@
+"""Who takes part in an evaluation: which students are refused, skipped, or followed on which path."""
+
+import dataclasses
+
+import pytest
+from evaluate_cases import NULL_TEXT, make_config, make_student, make_weights
+
+from raydistill.errors import StaleArtifact
+from raydistill.evaluation.candidates import build_lineup
+from raydistill.student import load_student
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    weights = tmp_path_factory.mktemp("weights")
+    make_weights(weights)
+    return make_config(weights, tmp_path_factory.mktemp("output"))
+
+
+@pytest.mark.parametrize("source", ["teacher", "codec"])
+def test_a_student_of_other_networks_is_refused(config, tmp_path, source):
+    stranger = make_student(tmp_path / "stranger", "dual", 1, sources={source: "0" * 64})
+    with pytest.raises(StaleArtifact, match=f"another {source}"):
+        build_lineup(dataclasses.replace(config, students={"dual": [stranger]}), NULL_TEXT)
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "shift"])
+def test_a_student_of_another_path_of_the_teacher_is_refused(config, name):
+    with pytest.raises(StaleArtifact, match=f"set {name}="):
+        build_lineup(dataclasses.replace(config, **{name: 3.0}), NULL_TEXT)
+
+
+def test_steps_a_student_cannot_do_are_skipped_and_another_path_has_its_own_rows(config):
+    asked = dataclasses.replace(config, student_steps=(7, 2), paths=("stored", "renoise"))
+    lineup = build_lineup(asked, NULL_TEXT)
+    assert [one.what for one in lineup.skipped if "dual" in one.what] == ["dual 7", "dual 7 renoise"]
+    plans = {one.label: one.plan.path for one in lineup.candidates if one.group.startswith("single")}
+    assert plans == {"single 2": "deterministic", "single 2 renoise": "renoise"}
+
+
+@pytest.mark.parametrize("path", ["deterministic", "renoise"])
+def test_mixtures_with_the_teacher_follow_the_students_stored_path(config, tmp_path, path):
+    student = make_student(tmp_path / "student", "dual", 1, path=path)
+    asked = dataclasses.replace(config, students={"dual": [student]})
+    plans = {one.label: one.plan for one in build_lineup(asked, NULL_TEXT).candidates}
+    assert plans["semantic 1 + tail"] == load_student(student).plans["1+tail"]
+    assert plans["head + detail 1"].path == path
