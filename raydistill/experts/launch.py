@@ -186,7 +186,9 @@ def _require_room(scale: ScaleConfig, there: Mapping[str, float], *, grows: bool
         logger.warning("the workers wait until this cluster has grown: they need %s", "; ".join(short))
         return
     raise InvalidValue(
-        "scale.num_workers", scale.num_workers, f"what this machine has: they need {'; '.join(short)}"
+        "scale.num_workers",
+        scale.num_workers,
+        f"fewer, this machine cannot hold them: they need {'; '.join(short)}",
     )
 
 
