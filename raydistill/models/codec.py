@@ -1,6 +1,9 @@
 """Video codecs: diffusers autoencoders behind `VideoCodec`, with the latents normalised per channel."""
 
 import json
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -95,6 +98,18 @@ def _scaling(path: Path) -> tuple[list[float], list[float]]:
         raise MissingArtifact(f"no {path.name} at {path.parent}: expected {expected}, {error!r}") from error
 
 
+@contextmanager
+def _without_a_false_alarm() -> Generator[None, None, None]:
+    """Keep diffusers from complaining of `block_out_channels`, which its own AutoencoderTiny saved."""
+    logger = logging.getLogger("diffusers.configuration_utils")
+    own = lambda record: "block_out_channels" not in record.getMessage()  # noqa: E731
+    logger.addFilter(own)
+    try:
+        yield
+    finally:
+        logger.removeFilter(own)
+
+
 def load_codec(path: str | Path) -> FrameCodec | WanCodec:
     """Load a codec folder, safetensors only; raises MissingArtifact when it is no codec."""
     folder = Path(path)
@@ -106,6 +121,7 @@ def load_codec(path: str | Path) -> FrameCodec | WanCodec:
     if kind == "AutoencoderKLWan":
         return WanCodec(AutoencoderKLWan.from_pretrained(folder, use_safetensors=True)).eval()
     if kind == "AutoencoderTiny":
-        autoencoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
+        with _without_a_false_alarm():
+            autoencoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
         return FrameCodec(autoencoder, *_scaling(folder / SCALING)).eval()
     raise MissingArtifact(f"{folder} holds a {kind}: known codecs are AutoencoderTiny and AutoencoderKLWan")
