@@ -171,7 +171,7 @@ def load_student(
         load_own_state(detail, load_file(folder / "detail.safetensors"))
         detail = detail.requires_grad_(False).eval()
         experts["detail"] = merge_lora(detail) if merged else detail
-    # Only now: until they share weights, moving one would leave the other behind.
+    # Not before: files and new layers come on the CPU.
     fields: dict[str, VelocityField] = {name: expert.to(device) for name, expert in experts.items()}
     if teacher is not None:
         found = tree_digest(teacher)
