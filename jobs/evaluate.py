@@ -96,6 +96,8 @@ def main() -> None:
     output = Path(config.output)
     setting = make_setting(config)
     lineup = build_lineup(config, WordVectors()([""])[0])
+    for one in lineup.skipped:
+        print(f"skipped {one.what}: {one.reason}", file=sys.stderr)
     with tqdm(total=len(lineup.candidates) * config.num_clips, unit="clip", mininterval=1.0) as bar:
         last: dict[str, int] = {}
 

@@ -20,7 +20,7 @@ from raydistill.config.load import dump, from_command_line, run
 from raydistill.config.prepare import PrepareConfig
 from raydistill.errors import PrepareError, disk_full_explained
 from raydistill.flow import connect
-from raydistill.latents.encode import NORMALISATION, models_identity, require_length
+from raydistill.latents.encode import NORMALISATION, models_identity, require_codec
 from raydistill.latents.flow import EncodeOptions, encode_shards
 from raydistill.latents.progress import meter
 from raydistill.latents.shards import (
@@ -28,6 +28,7 @@ from raydistill.latents.shards import (
     finished_shard,
     point_to,
     write_artifact,
+    write_left_out,
     write_quarantine,
 )
 from raydistill.latents.tally import Tally
@@ -71,7 +72,7 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     source = config.source
     if source.kind != "sprites":
         found, others = list_sources(source.path, source.kind)
-        print(f"{len(found)} {source.kind} below {source.path}, {others} other files")
+        print(f"{len(found)} {source.kind} below {source.path}; {others} other files, captions not counted")
         return found
     with meter("drawing", source.num_clips) as progress, disk_full_explained(Path(source.path)):
         names = write_world(source.path, source.num_clips, source.seed, report=progress.show)
@@ -157,7 +158,7 @@ def encode(
         tolerance.max_bad_fraction,
         tolerance.max_bad_in_a_row,
         tolerance.allowed_bad_files,
-        where=str(folder / "quarantine"),
+        where=str(folder),
     )
     settled = [i for i in inputs if i.reason]
     write_quarantine(
@@ -180,6 +181,9 @@ def encode(
             new = {"clips": tally.clips - tally.clips_before, "video_s": tally.video_s - seconds_before}
             progress.show(tally.seen, bad=tally.bad, **new)
     tally.require_complete()
+    kept_out = [(i.uri, "filtered" if i.reason in FILTERED else "quarantined", i.reason) for i in settled]
+    kept_out += [(f[0], *f[2:]) for s in shards for f in done[s.name].facts["files"] if f[2] != "clip"]
+    write_left_out(folder, kept_out)
     write_artifact(folder, [done[s.name] for s in shards], whole, facts=tally.counts())
     return tally
 
@@ -233,9 +237,9 @@ def decode_and_encode(
 
 def prepare(config: PrepareConfig) -> Path:
     """Run the job; return the artifact's folder."""
-    began, identity = time.monotonic(), identity_of(config)
-    if config.source.kind != "images":
-        require_length(config.encode.codec, config.clip.num_frames)
+    began = time.monotonic()
+    require_codec(config.encode.codec, config.clip, images=config.source.kind == "images")
+    identity = identity_of(config)
     with (
         connect(config.cluster.num_cpus, config.cluster.object_store_mib),
         disk_full_explained(Path(config.output)),

@@ -150,7 +150,8 @@ class Manifest:
             body = json.loads(where.read_bytes())
             checksum = body.pop("checksum")
         except FileNotFoundError as missing:
-            raise MissingArtifact(f"{where} is not there: whatever writes it has not finished") from missing
+            why = "no artifact, or one that is not finished" if where.parent.is_dir() else "no such folder"
+            raise MissingArtifact(f"{where.absolute()} is not there: {why}") from missing
         except (ValueError, AttributeError, KeyError) as broken:
             raise CorruptArtifact(f"{where} is not a whole manifest: {broken!r}") from broken
         if checksum != fingerprint(body):

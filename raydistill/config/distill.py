@@ -246,7 +246,8 @@ class SamplingConfig:
     semantic_tail: tuple[int, ...] = (2,)
     """Steps of a semantic expert after which the teacher finishes; 2 is stored as '2+tail'."""
     times: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-    """Plans of your own by name: times from 1 to 0, one of them the boundary, as in mine=[1,0.86,0.74,0]."""
+    """Plans of your own by name: times from 1 to 0, one of them the boundary:
+    sampling.times.mine=[1,0.86,0.74,0]."""
 
     def __post_init__(self):
         """Check ranges."""

@@ -57,7 +57,10 @@ def dump(config: Any, path: str | Path) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a job's `main`. An error raised on purpose: one line on stderr, exit status 1 (settings: 2)."""
+    """Call a job's `main`. An error raised on purpose: one line on stderr, exit status 1 (settings: 2).
+
+    Ctrl-C: one line too, exit status 130, as shells have it.
+    """
     try:
         main()
     except RaydistillError as error:
@@ -66,6 +69,10 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         sys.stderr.write(line + "\n")
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        sys.stderr.write("interrupted: the same command goes on with what is finished\n")
+        raise SystemExit(130) from None
 
 
 def _split(schema: type, argv: Sequence[str], switches: Mapping[str, str]) -> tuple[str, set[str], list[str]]:
@@ -113,7 +120,9 @@ def _from_pair(pair: str) -> dict[str, Any]:
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         key, _, value = pair.partition("=")
-        raise InvalidValue(key, value, "cannot be read as YAML; quote it") from error
+        raise InvalidValue(
+            key, value, f"cannot be read as YAML: quote it, write {{a: 1}} with a space, or {key}.a=1"
+        ) from error
 
 
 def _build(schema: type[Schema], sources: list[tuple[str, dict[str, Any]]]) -> Schema:

@@ -68,7 +68,7 @@ def _draw_table(axes: Axes, times: np.ndarray, result: Mapping[str, Any], key: s
         axes.plot(times, row, color=colormaps["viridis_r"](shade(number)), lw=1.5, label=f"step {step}")
     if np.nanmin(table) > 0:
         axes.set_yscale("log")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="lower left")
 
 
 def _finish(axes: Axes, result: Mapping[str, Any]) -> None:

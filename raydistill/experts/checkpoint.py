@@ -143,9 +143,9 @@ def require_same_run(folder: Path, expected: TrainState) -> TrainState:
     state = read_state(folder)
     wrong = differences(_identity(state), _identity(expected))
     if wrong:
-        listing = "\n  ".join(wrong)
+        listing = ";\n  ".join(wrong)
         raise IncompatibleCheckpoint(
-            f"{folder} belongs to another run (saved != asked for):\n  {listing}\n"
+            f"{folder} belongs to another run (saved != asked for):\n  {listing}.\n"
             "Give this run an output folder of its own, or the old settings."
         )
     return state

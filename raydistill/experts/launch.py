@@ -174,6 +174,8 @@ def cluster(scale: ScaleConfig) -> Iterator[None]:
 
 def _require_room(scale: ScaleConfig, there: Mapping[str, float], *, grows: bool) -> None:
     """Say what the workers would wait for: Ray Train waits in silence."""
+    if scale.use_gpu and not there.get("GPU") and not grows:
+        raise InvalidValue("scale.use_gpu", True, "false, or a machine on which Ray finds a GPU")
     asked = {"CPU": scale.num_workers * scale.cpus_per_worker} | (
         {"GPU": float(scale.num_workers)} if scale.use_gpu else {}
     )
@@ -225,6 +227,8 @@ def _fit(told: dict[str, Any], scale: ScaleConfig, dataset: Dataset | None) -> N
         (storage / token).touch()
         with _environment(SETTINGS), _interrupts_restored():
             trainer.fit()
+    except SystemExit as ended:  # Ray Train's answer to Ctrl-C, with a status of its own
+        raise KeyboardInterrupt from ended
     finally:
         shutil.rmtree(storage, ignore_errors=True)  # our checkpoints are elsewhere
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raydistill.artifacts import tree_digest, tree_files
+from raydistill.config.prepare import ClipConfig
 from raydistill.errors import InvalidValue, MissingArtifact
 from raydistill.models.text import WordVectors
 
@@ -79,12 +80,28 @@ def _config_of(codec: str | Path) -> dict[str, Any]:
         raise MissingArtifact(f"{place}: expected a diffusers autoencoder's folder, {error!r}") from error
 
 
-def require_length(codec: str | Path, num_frames: int) -> None:
-    """Check a clip's length against the codec's compression of time. Raises InvalidValue."""
+def require_codec(codec: str | Path, clip: ClipConfig, *, images: bool = False) -> None:
+    """Check that a folder holds a codec that `load_codec` knows, and clips against its compression.
+
+    From its config alone, before anything is started. Raises MissingArtifact, InvalidValue.
+    """
     config = _config_of(codec)
-    if config.get("_class_name") != "AutoencoderKLWan":
-        return
-    factor = int(config.get("scale_factor_temporal") or 4)
+    kind, space = config.get("_class_name"), 8
+    if kind == "AutoencoderTiny":
+        space = 2 ** (len(config.get("encoder_block_out_channels") or (64,) * 4) - 1)
+    elif kind == "AutoencoderKLWan":
+        space = int(config.get("scale_factor_spatial") or 8)
+        if not images:
+            _require_length(int(config.get("scale_factor_temporal") or 4), clip.num_frames)
+    else:
+        known = "known codecs are AutoencoderTiny and AutoencoderKLWan"
+        raise MissingArtifact(f"encode.codec: {Path(codec).absolute()} holds a {kind}: {known}")
+    for name in ("height", "width"):
+        if getattr(clip, name) % space:
+            raise InvalidValue(f"clip.{name}", getattr(clip, name), f"a multiple of {space} for this codec")
+
+
+def _require_length(factor: int, num_frames: int) -> None:
     if (num_frames - 1) % factor:
         near = (num_frames - 1) // factor * factor + 1
         expected = f"1 more than a multiple of {factor}, e.g. {near}: this codec compresses time by {factor}"

@@ -30,6 +30,7 @@ from raydistill.artifacts import (
     write_json,
 )
 from raydistill.errors import ArtifactError, CorruptArtifact, disk_full_explained
+from raydistill.latents.tally import LEFT_OUT
 
 LIMITED = frozenset({"timeout", "oom", "crash"})
 """Reasons for quarantine that a longer deadline or more memory may remove."""
@@ -116,6 +117,17 @@ def write_quarantine(folder: str | Path, name: str, bad: Sequence[Mapping[str, A
     lines = [json.dumps(about, sort_keys=True) for about in bad]
     with disk_full_explained(target):
         write_atomically(target, ("\n".join(lines) + "\n").encode())
+
+
+def write_left_out(folder: str | Path, files: Iterable[tuple[str, str, str]]) -> None:
+    """Write `left_out.jsonl`: every file that gave no clip, its outcome and reason code, in name order."""
+    target = Path(folder) / LEFT_OUT
+    lines = [
+        json.dumps({"uri": uri, "outcome": outcome, "reason": reason})
+        for uri, outcome, reason in sorted(files)
+    ]
+    with disk_full_explained(target):
+        write_atomically(target, "".join(line + "\n" for line in lines).encode())
 
 
 def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:

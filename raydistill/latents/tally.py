@@ -7,6 +7,9 @@ from typing import Any
 
 from raydistill.errors import PrepareError
 
+LEFT_OUT = "left_out.jsonl"
+"""Beside the manifest: the files that gave no clip, with outcome and reason code."""
+
 
 @dataclass
 class Tally:
@@ -18,7 +21,7 @@ class Tally:
     max_bad_in_a_row: int = 100
     allowed_bad_files: int = 0
     where: str = ""
-    """Folder of the quarantine lists, for messages."""
+    """Folder of the artifact, for messages."""
     kept: int = 0
     clips: int = 0
     video_s: float = 0.0
@@ -78,9 +81,8 @@ class Tally:
         if self.seen != self.inputs:
             raise AssertionError(f"{self.inputs} inputs, but {self.seen} outcomes: {self.counts()}")
         if not self.clips:
-            raise PrepareError(
-                f"none of {self.inputs} files gave a clip: {self.reasons() or 'no reasons'}; {self.where}"
-            )
+            why = self.reasons() or "no reasons"
+            raise PrepareError(f"none of {self.inputs} files gave a clip: {why}; see {self.where}/quarantine")
 
     def counts(self) -> dict[str, Any]:
         """Return the counts as JSON values."""
@@ -100,8 +102,8 @@ class Tally:
         line = f"{self.inputs} files = {self.kept} kept + {left} filtered + {bad} quarantined"
         return (
             line
-            + (f"\nleft out: {self.reasons()}" if left + bad else "")
-            + (f"; see {self.where}" if bad else "")
+            + (f"\nleft out: {self.reasons()}; which, see {self.where}/{LEFT_OUT}" if left + bad else "")
+            + (f"; what is bad about them, see {self.where}/quarantine" if bad else "")
             + (f"\n{self.fallbacks} files read by PyAV where decord failed" if self.fallbacks else "")
         )
 
@@ -113,7 +115,8 @@ class Tally:
 
     def _too_many(self, what: str, key: str) -> PrepareError:
         """Build the error that stops the run."""
+        other = " or tolerance.allowed_bad_files" if key == "max_bad_fraction" else ""
         return PrepareError(
-            f"{what}: {self.reasons()}. Listed with reasons in {self.where}. Mend or remove the files, "
-            f"or raise tolerance.{key}; what is finished is kept."
+            f"{what}: {self.reasons()}. The bad ones are listed in {self.where}/quarantine. Mend or "
+            f"remove them, or raise tolerance.{key}{other}; what is finished is kept."
         )

@@ -111,7 +111,7 @@ def _without_a_false_alarm() -> Generator[None, None, None]:
 
 
 def load_codec(path: str | Path) -> FrameCodec | WanCodec:
-    """Load a codec folder, safetensors only; raises MissingArtifact when it is no codec."""
+    """Load a codec folder, safetensors only, frozen; raises MissingArtifact when it is no codec."""
     folder = Path(path)
     try:
         kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
@@ -119,9 +119,10 @@ def load_codec(path: str | Path) -> FrameCodec | WanCodec:
         expected = "expected the folder of a diffusers autoencoder"
         raise MissingArtifact(f"no codec at {folder}: {expected}, found {error!r}") from error
     if kind == "AutoencoderKLWan":
-        return WanCodec(AutoencoderKLWan.from_pretrained(folder, use_safetensors=True)).eval()
+        wan = AutoencoderKLWan.from_pretrained(folder, use_safetensors=True)
+        return WanCodec(wan).eval().requires_grad_(False)
     if kind == "AutoencoderTiny":
         with _without_a_false_alarm():
             autoencoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
-        return FrameCodec(autoencoder, *_scaling(folder / SCALING)).eval()
+        return FrameCodec(autoencoder, *_scaling(folder / SCALING)).eval().requires_grad_(False)
     raise MissingArtifact(f"{folder} holds a {kind}: known codecs are AutoencoderTiny and AutoencoderKLWan")

@@ -19,6 +19,7 @@ SUFFIXES = {
 LANES = {"videos": "video", "images": "image"}
 CAPTION_KEYS = ("caption", "text")
 FILE_KEYS = ("file", "file_name", "path", "video", "image")
+CAPTION_SUFFIXES = (".json", ".txt")
 MAX_CAPTION_BYTES = 1 << 16
 
 
@@ -35,7 +36,7 @@ class Source:
 
 
 def list_sources(root: str | Path, kind: str) -> tuple[list[Source], int]:
-    """Return the media files below a folder in name order, and how many other files were passed over.
+    """Return the media files below a folder in name order, and how many files are neither those nor captions.
 
     Links are not followed and, like FIFOs and devices, are listed as refused: a link may lead out of the
     folder, and opening a FIFO blocks. Raises MissingArtifact if there is nothing to prepare.
@@ -43,15 +44,18 @@ def list_sources(root: str | Path, kind: str) -> tuple[list[Source], int]:
     folder = Path(root)
     if not folder.is_dir():
         raise MissingArtifact(f"source.path: no folder at {folder.absolute()}")
-    found, others = [], 0
+    found, passed_over = [], list[Path]()
     for at, folders, names in os.walk(folder, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.startswith(".") or Path(name).suffix.lower() not in SUFFIXES[kind]:
-                others += 1
-                continue
             path = Path(at, name)
+            if name.startswith(".") or Path(name).suffix.lower() not in SUFFIXES[kind]:
+                passed_over.append(path)
+                continue
             found.append(describe_source(path, path.relative_to(folder).as_posix()))
+    named = {folder / one.uri for one in found} | {(folder / one.uri).with_suffix("") for one in found}
+    captions = sum(path.suffix in CAPTION_SUFFIXES and path.with_suffix("") in named for path in passed_over)
+    others = len(passed_over) - captions
     if not found:
         suffixes = " ".join(sorted(SUFFIXES[kind]))
         raise MissingArtifact(

@@ -25,6 +25,7 @@ from raydistill.artifacts import LatentStore, Manifest
 from raydistill.errors import MissingArtifact, PrepareError
 from raydistill.flow import connect
 from raydistill.latents.encode import Encoder
+from raydistill.latents.tally import LEFT_OUT
 from raydistill.models.codec import build_tiny_codec
 from raydistill.models.text import WordVectors
 from raydistill.world.clips import FILTERED, Cut, fit
@@ -192,6 +193,9 @@ def test_every_file_of_the_zoo_is_accounted_for(small_blocks, codec, tmp_path):
     found |= {row["uri"]: row["reason"] for row in lists}
     found |= {"deep/silent.mp4": "missing_caption", "h264.mp4": "duplicate"}  # settled before any shard
     assert found == expected
+    left_out = [json.loads(line) for line in (folder / LEFT_OUT).read_text().splitlines()]
+    assert {row["uri"]: row["reason"] for row in left_out} == {u: r for u, r in expected.items() if r}
+    assert all((row["outcome"] == "filtered") == (row["reason"] in FILTERED) for row in left_out)
     counted = Counter(expected.values())
     kept = counted.pop("")
     facts = manifest.facts

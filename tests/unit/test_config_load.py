@@ -286,6 +286,16 @@ def test_errors_raised_on_purpose_are_one_line_and_an_exit_status(capsys, error,
     assert said.count("\n") == 1
 
 
+def test_an_interrupt_is_one_line_too(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on with what is finished\n"
+
+
 def test_other_errors_are_not_hidden():
     def main() -> None:
         raise ZeroDivisionError

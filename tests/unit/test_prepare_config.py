@@ -20,7 +20,7 @@ from raydistill.config.prepare import (
     ToleranceConfig,
 )
 from raydistill.errors import InvalidValue, MissingArtifact
-from raydistill.latents.encode import require_length
+from raydistill.latents.encode import require_codec
 from raydistill.models.codec import build_tiny_codec
 
 ROOT = Path(__file__).parents[2]
@@ -162,12 +162,18 @@ def test_values_out_of_range_are_named(make, key):
     assert caught.value.key == key
 
 
-def test_clip_length_must_suit_the_codec(codec, tmp_path):
-    require_length(codec, 16)
+def test_clips_must_suit_the_codec(codec, tmp_path):
+    require_codec(codec, ClipConfig())
+    with pytest.raises(InvalidValue, match=r"clip\.width = 33: a multiple of 8"):
+        require_codec(codec, ClipConfig(width=33))
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKLWan", "scale_factor_temporal": 4}')
-    require_length(tmp_path, 81)
+    require_codec(tmp_path, ClipConfig(num_frames=81))
+    require_codec(tmp_path, ClipConfig(num_frames=80), images=True)
     with pytest.raises(InvalidValue, match=r"e\.g\. 77"):
-        require_length(tmp_path, 80)
+        require_codec(tmp_path, ClipConfig(num_frames=80))
+    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    with pytest.raises(MissingArtifact, match="holds a WanTransformer3DModel: known codecs are"):
+        require_codec(tmp_path, ClipConfig())
 
 
 def test_the_shipped_job_file_is_valid():

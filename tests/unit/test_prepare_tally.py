@@ -36,7 +36,7 @@ def test_a_run_without_a_clip_fails():
 
 
 def test_the_share_of_bad_files_is_limited():
-    tally = Tally(100, max_bad_fraction=0.05, where="some/quarantine")
+    tally = Tally(100, max_bad_fraction=0.05, where="some")
     tally.add([("quarantined", "timeout"), ("clip", "")] * 5)
     with pytest.raises(PrepareError, match=r"6 of 100 files.*6 timeout.*some/quarantine.*max_bad_fraction"):
         tally.add([("quarantined", "timeout")])

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from raydistill.config.load import from_command_line
 from raydistill.consistency.schedule import TimeGrid
@@ -48,12 +49,15 @@ def save_untrained_student(folder: Path) -> None:
 def test_the_readmes_code_samples_a_clip(tmp_path, monkeypatch):
     save_untrained_student(tmp_path / "student")
     (code,) = fences("python")
-    assert code.count("runs/tiny/dual/student") == 1
+    assert code.count("runs/tiny/dual/student") == code.count("runs/tiny/clip.gif") == 1
     names = {}
     monkeypatch.chdir(ROOT)
-    exec(code.replace("runs/tiny/dual/student", str(tmp_path / "student")), names)
+    code = code.replace("runs/tiny/dual/student", str(tmp_path / "student"))
+    exec(code.replace("runs/tiny", str(tmp_path)), names)
     assert names["frames"].shape == (1, 3, 16, 32, 32)
     assert names["frames"].abs().max() <= 1
+    with Image.open(tmp_path / "clip.gif") as clip:
+        assert clip.n_frames == 16
 
 
 @pytest.mark.parametrize("command", job_commands(), ids=" ".join)
