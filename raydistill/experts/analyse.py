@@ -127,7 +127,7 @@ def analyse(
         report(f"analysis: step {step} of {num_steps}")
 
     look(0)
-    every = {"report_every": num_steps, "save_every": max(1, num_steps // PROBES)}
+    every = {"report_every": num_steps, "save_every": -(-num_steps // PROBES)}
     distill(stage, rows.batches(), **every, report=lambda *_: None, save=look)
     result: dict[str, Any] = {"times": [float(grid.times[n]) for n in nodes], "steps": steps, "loss": losses}
     result |= {"gradient": norms, "change_times": change_times, "change": change, "boundary": boundary}
