@@ -11,15 +11,8 @@ from raydistill.models.text import WordVectors
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.sampler import build_plan, with_tail
 from raydistill.student import Card, save_student
-from raydistill.world import sprites
+from raydistill.world.pretrain import ATTRIBUTES
 
-ATTRIBUTES = {
-    "shape": sprites.SHAPES,
-    "colour": tuple(sprites.COLOURS),
-    "direction": tuple(sprites.DIRECTIONS),
-    "background": sprites.BACKGROUNDS,
-    "speed": tuple(sprites.SPEEDS),
-}
 GRID = TimeGrid(10)
 SMALL = {"dim_head": 12, "num_heads": 2, "num_layers": 1}
 NULL_TEXT = WordVectors()([""])[0]
