@@ -78,8 +78,8 @@ def test_drawing_again_gives_the_same_bytes(tmp_path):
 
 
 def test_a_clip_has_the_same_bytes_however_often_it_is_drawn(tmp_path):
-    # What the process did before must not matter: many in a row, between allocations of many sizes. With x264's
-    # assembly one drawing in some hundreds differs, so this fails most times, not every time.
+    # What the process did before must not matter: many in a row, between allocations of many sizes. With
+    # x264's assembly one drawing in some hundreds differs, so this fails most times, not every time.
     rng, clips = np.random.default_rng(0), (150, 152, 272)
     seen = set()
     for _ in range(120):
