@@ -8,15 +8,17 @@ Run the same command again and it goes on where it stopped.
 
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from raydistill.artifacts import LatentStore, tree_digest
-from raydistill.config.distill import DistillConfig, StageConfig
+from raydistill.artifacts import LatentRow, LatentStore, tree_digest
+from raydistill.config.distill import DistillConfig
 from raydistill.config.load import dump, from_command_line, run
-from raydistill.errors import DistillError, InvalidValue, MissingArtifact, disk_full_explained
+from raydistill.config.stages import StageConfig
+from raydistill.errors import DistillError, InvalidValue, MissingArtifact, StaleArtifact, disk_full_explained
 from raydistill.evaluation.analysis_plots import draw_analysis
 from raydistill.experts import checkpoint
 from raydistill.experts.analyse import analyse
@@ -24,53 +26,118 @@ from raydistill.experts.launch import Feed, Worker, cluster, launch
 from raydistill.experts.stages import build_segment
 from raydistill.experts.tracking import require_installed
 from raydistill.experts.worker import SETTINGS, Run, load_result, settings_of, train
-from raydistill.models.wan import load_teacher, require_fit
-from raydistill.sampler import SamplingPlan, build_plan, plan_times, with_tail
+from raydistill.models.frame_critic import pool_text
+from raydistill.models.frame_features import load_frame_features
+from raydistill.models.teacher import load_schedule, load_teacher, require_fit, schedule_to_dict
+from raydistill.sampler import SamplingPlan, build_plan, plan_lcm, plan_times, with_tail
 from raydistill.student import Card, save_student
 from raydistill.trajectories.flow import feed, iter_batches
-from raydistill.trajectories.plan import Plan, Source
+from raydistill.trajectories.lanes import Intervals, Lanes, Rows, build_lanes
+from raydistill.trajectories.store import TrajectoryStore
 
+CAPTIONS_READ = 512
 SWITCHES = {
     "analyse": "draw loss, gradient and x0 change by noise level for this teacher, and propose a boundary"
 }
 
 
-def build_data_plan(config: DistillConfig, store: LatentStore, global_batch: int) -> Plan:
-    """One source: every row once per epoch, in an order keyed by the seed."""
-    source = Source(name="video", num_rows=len(store), weight=1.0, digest=store.fingerprint)
-    return Plan(seed=config.seed, global_batch=global_batch, sources=(source,))
+@dataclass(frozen=True)
+class Stores:
+    """What a run reads: clips, and images and recorded paths where it asks for them."""
+
+    video: LatentStore
+    images: LatentStore | None = None
+    recorded: TrajectoryStore | None = None
+
+    @staticmethod
+    def open(config: DistillConfig) -> "Stores":
+        """Open them. Raises MissingArtifact, CorruptArtifact."""
+        paths = config.mix.trajectories
+        images = LatentStore(config.images) if config.images else None
+        return Stores(LatentStore(config.data), images, TrajectoryStore(paths) if paths else None)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Fingerprints of the contents."""
+        every = {"latents": self.video, "images": self.images, "trajectories": self.recorded}
+        return {name: store.fingerprint for name, store in every.items() if store is not None}
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where the lanes of a plan are read."""
+        every = {"image": self.images, "recorded": self.recorded}
+        found = {lane: store.folder for lane, store in every.items() if store is not None}
+        return {"video": self.video.folder, "simulated": self.video.folder, **found}
 
 
-def batches_of(plan: Plan, worker: Worker, micro_batch: int):
+def build_data_plan(config: DistillConfig, stage: StageConfig, stores: Stores) -> Lanes:
+    """Every row of a lane once per epoch, in an order keyed by the seed; the lanes in exact shares."""
+    rows = lambda store, most=0: Rows(min(len(store), most or len(store)), store.fingerprint)  # noqa: E731
+    judged = stage.objective.appearance > 0 and stores.images is not None
+    return build_lanes(
+        config.seed,
+        stage.global_batch,
+        rows(stores.video),
+        real_share=config.mix.real_share,
+        recorded_share=config.mix.recorded_share,
+        per=config.mix.per,
+        recorded=rows(stores.recorded) if stores.recorded else None,
+        images=rows(stores.images, config.max_images) if judged else None,
+        images_per_step=stage.appearance.images_per_step,
+    )
+
+
+def batches_of(plan: Lanes, worker: Worker, micro_batch: int):
     """This worker's micro-batches, checked against the plan."""
     replaced = worker.run_dir / "quarantine.jsonl"
     ranks = (worker.rank, worker.world_size)
     return iter_batches(worker.shard, plan, *ranks, micro_batch, worker.start_step, quarantine=replaced)
 
 
-def run_stage(
-    config: DistillConfig, name: str, store: LatentStore, semantic: Path | None, digests: dict
-) -> Path:
+def intervals_of(config: DistillConfig, name: str) -> Intervals:
+    """Which interval of the grid each sample is drawn from, as `Segment.times` draws it."""
+    segment = build_segment(config, name)
+    inside = segment.grid.intervals_in(segment.upper, segment.lower)
+    return Intervals(segment.seed, inside.start, len(inside))
+
+
+def mean_captions(config: DistillConfig, stores: Stores) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Mean pooled caption of clips and of images, over at most CAPTIONS_READ rows of each."""
+    if stores.images is None:
+        return None
+    most = config.max_images or len(stores.images)
+    return _mean_caption(stores.video, len(stores.video)), _mean_caption(stores.images, most)
+
+
+def _mean_caption(store: LatentStore, count: int) -> torch.Tensor:
+    count = min(count, len(store), CAPTIONS_READ)
+    rows = (store.row(k * len(store) // count if count == CAPTIONS_READ else k) for k in range(count))
+    return pool_text(torch.stack([torch.from_numpy(row.text.copy()) for row in rows])).mean(dim=0)
+
+
+def run_stage(config: DistillConfig, name: str, stores: Stores, semantic: Path | None, digests: dict) -> Path:
     """Run one stage on Ray and return its last checkpoint."""
-    stage = config.semantic if name == "semantic" else config.detail
+    stage = config.stage(name)
     settings = settings_of(config, name, digests, semantic)
-    plan = build_data_plan(config, store, stage.global_batch)
-    row = store.row(0)
+    plan = build_data_plan(config, stage, stores)
+    row = stores.video.row(0)
     told = Run(
         config=config,
         batches=partial(batches_of, plan),
         example=(torch.from_numpy(row.latents.copy())[None], torch.from_numpy(row.text.copy())[None]),
         semantic=semantic,
+        caption_means=mean_captions(config, stores),
     )
 
     def feed_from(start_step: int):
         return feed(
             plan,
-            {"video": config.data},
+            stores.folders,
             start_step=start_step,
             num_steps=stage.num_steps,
             world_size=config.scale.num_workers,
             micro_batch=stage.micro_batch,
+            interval_of=intervals_of(config, name),
         )
 
     data: Feed = feed_from
@@ -88,40 +155,44 @@ def run_stage(
 
 def plans_of(config: DistillConfig) -> dict[str, SamplingPlan]:
     """The sampling plans that are stored with the student, by name."""
-    segment, sampling = build_segment(config, "semantic"), config.sampling
+    segment, sampling = build_segment(config, config.stages[0]), config.sampling
     grid, path = segment.grid, sampling.path
-    boundary = None if config.experts == "single" else segment.lower
-    plans = {str(n): build_plan(n, boundary, grid, path) for n in sampling.num_steps}
+    boundary = segment.lower if config.is_dual else None
+    if config.experts == "motion":  # at LCM's times, as MCM's students are sampled
+        plans = {str(n): plan_lcm(n, grid, path) for n in sampling.num_steps}
+    else:
+        plans = {str(n): build_plan(n, boundary, grid, path) for n in sampling.num_steps}
     if boundary is not None:
         plans |= {f"{n}+tail": with_tail(n, boundary, grid, path) for n in sampling.semantic_tail}
     own = {name: plan_times(tuple(t), boundary, grid.last, path) for name, t in sampling.times.items()}
     return plans | own
 
 
-def export(
-    config: DistillConfig, store: LatentStore, digests: dict, semantic: Path, detail: Path | None
-) -> Path:
+def export(config: DistillConfig, stores: Stores, digests: dict, first: Path, second: Path | None) -> Path:
     """Write the student folder from the stages' last checkpoints."""
     teacher = load_teacher(config.teacher)
-    first = load_result(config, semantic, teacher)
-    second = load_result(config, detail, teacher, first) if detail else None
-    row = store.row(0)
+    expert = load_result(config, first, teacher)
+    detail = load_result(config, second, teacher, expert) if second else None
+    row, segment = stores.video.row(0), build_segment(config, config.stages[0])
+    lora = {"dual": config.detail, "motion": config.motion}.get(config.experts)
     card = Card(
         kind=config.experts,
-        boundary=None if config.experts == "single" else build_segment(config, "semantic").lower,
-        grid=build_segment(config, "semantic").grid,
+        boundary=segment.lower if config.is_dual else None,
+        grid=segment.grid,
         guidance_scale=config.guidance_scale,
+        guidance_range=segment.guidance,
+        schedule=schedule_to_dict(load_schedule(config.teacher)),
         latent_shape=row.latents.shape,
         text_shape=row.text.shape,
-        lora=(config.detail.lora_rank, config.detail.lora_alpha) if config.experts == "dual" else None,
+        lora=(lora.lora_rank, lora.lora_alpha) if lora else None,
         sources={**digests, "seed": config.seed},
     )
     folder = Path(config.output) / "student"
-    save_student(folder, card, first, second, plans_of(config))
+    save_student(folder, card, expert, detail, plans_of(config))
     return folder
 
 
-def check(config: DistillConfig, store: LatentStore, *, analyse: bool = False) -> dict[str, str]:
+def check(config: DistillConfig, stores: Stores, *, analyse: bool = False) -> dict[str, str]:
     """Find whatever would stop the run later, before anything is started; return the inputs' digests.
 
     The analysis needs neither boundary nor plans: it proposes the first.
@@ -130,21 +201,60 @@ def check(config: DistillConfig, store: LatentStore, *, analyse: bool = False) -
     if not (Path(config.codec) / "config.json").is_file():
         raise MissingArtifact(f"no codec at {config.codec}: codec= names the folder that made {config.data}")
     codec = tree_digest(config.codec)
-    store.require_codec(codec)
-    row = store.row(0)
+    stores.video.require_codec(codec)
+    row = stores.video.row(0)
     require_fit(config.teacher, row.latents.shape, row.text.shape)
-    if not analyse:
-        for stage in ("semantic",) if config.experts == "single" else ("semantic", "detail"):
-            build_segment(config, stage)
-            require_frames(config, stage, row.latents.shape[1])
-        plans_of(config)
-    return {"teacher": tree_digest(config.teacher), "codec": codec, "latents": store.fingerprint}
+    load_schedule(config.teacher)
+    digests = {"teacher": tree_digest(config.teacher), "codec": codec, **stores.digests}
+    if analyse:
+        return digests
+    for name in config.stages:
+        build_segment(config, name)
+        require_frames(config, name, row.latents.shape[1])
+        build_data_plan(config, config.stage(name), stores)
+    plans_of(config)
+    if stores.images is not None:
+        digests |= require_images(config, stores.images, codec, row)
+    if stores.recorded is not None:
+        require_recorded(config, stores.recorded, digests["teacher"])
+    return digests
+
+
+def require_images(config: DistillConfig, images: LatentStore, codec: str, clip: LatentRow) -> dict[str, str]:
+    """Images must be of the clips' codec, sizes and kind of caption; returns the feature nets' digests."""
+    images.require_codec(codec)
+    row = images.row(0)
+    if row.latents.shape[1] != 1:
+        raise StaleArtifact(
+            f"{config.images} holds clips of {row.latents.shape[1]} latent frames, not images"
+        )
+    shapes = [(one.latents.shape[0], one.latents.shape[2:], one.text.shape) for one in (row, clip)]
+    if shapes[0] != shapes[1]:
+        raise StaleArtifact(
+            f"{config.images} and {config.data} differ in channels, size or text, {shapes[0]} and {shapes[1]}: "
+            "prepare both with the same height, width and encode settings"
+        )
+    digests = {}
+    for name in config.stages:
+        stage = config.stage(name)
+        if stage.objective.appearance:
+            load_frame_features(stage.appearance.features)
+            digests[f"{name}_features"] = tree_digest(stage.appearance.features)
+    return digests
+
+
+def require_recorded(config: DistillConfig, recorded: TrajectoryStore, teacher: str) -> None:
+    """Recorded paths must be of this run's teacher, guidance and grid."""
+    scale = config.guidance_scale
+    low, high = config.guidance_range or (scale, scale)
+    recorded.require_teacher(
+        teacher, guidance=(low, high), grid=build_segment(config, config.stages[0]).grid, solver="euler"
+    )
 
 
 def require_frames(config: DistillConfig, name: str, frames: int) -> None:
     """Temporal coherence compares latent frames so far apart; there must be two such."""
-    stage: StageConfig = getattr(config, name)
-    objective, key = stage.objective, f"{name}.objective.coherence_stride"
+    objective, key = config.stage(name).objective, f"{name}.objective.coherence_stride"
     if objective.temporal_coherence and frames <= objective.coherence_stride:
         raise InvalidValue(key, objective.coherence_stride, f"below the {frames} frames of these latents")
 
@@ -163,19 +273,19 @@ def analyse_teacher(config: DistillConfig, store: LatentStore) -> None:
 
 
 def main() -> None:
-    """Check everything, then train both stages and export the student."""
+    """Check everything, then train the stages and export the student."""
     config, switches = from_command_line(DistillConfig, sys.argv[1:], switches=SWITCHES)
-    store = LatentStore(config.data)
+    stores = Stores.open(config)
     output, only_analyse = Path(config.output), "analyse" in switches
-    digests = check(config, store, analyse=only_analyse)
+    digests = check(config, stores, analyse=only_analyse)
     output.mkdir(parents=True, exist_ok=True)
     if only_analyse:
         with disk_full_explained(output, DistillError):
-            analyse_teacher(config, store)
+            analyse_teacher(config, stores.video)
             dump(config, output / "analysis.yaml")
         return
     with disk_full_explained(output, DistillError), checkpoint.alone_in(output):
-        distil(config, store, digests)
+        distil(config, stores, digests)
 
 
 def finished(config: DistillConfig) -> bool:
@@ -183,22 +293,21 @@ def finished(config: DistillConfig) -> bool:
 
     Goes by sizes alone; `launch` reads every byte, and starts a Ray of its own should one be wrong.
     """
-    stages = {"semantic": config.semantic} | ({} if config.experts == "single" else {"detail": config.detail})
-    newest = {n: checkpoint.newest_verified(Path(config.output), n, contents=False) for n in stages}
-    return all(checkpoint.step_of(path) >= stages[name].num_steps for name, path in newest.items())
+    newest = {n: checkpoint.newest_verified(Path(config.output), n, contents=False) for n in config.stages}
+    return all(checkpoint.step_of(path) >= config.stage(name).num_steps for name, path in newest.items())
 
 
-def distil(config: DistillConfig, store: LatentStore, digests: dict[str, str]) -> None:
+def distil(config: DistillConfig, stores: Stores, digests: dict[str, str]) -> None:
     """Train the stages on Ray, export the student."""
-    output = Path(config.output)
+    output, done = Path(config.output), list[Path]()
     with nullcontext() if finished(config) else cluster(config.scale):
-        semantic = run_stage(config, "semantic", store, None, digests)
-        detail = None if config.experts == "single" else run_stage(config, "detail", store, semantic, digests)
+        for name in config.stages:
+            done.append(run_stage(config, name, stores, done[-1] if done else None, digests))
     dump(config, output / SETTINGS)  # also where nothing was left to train, and other plans are asked for
     damaged = [path for path in output.glob("quarantine-*.jsonl") if path.stat().st_size]
     if damaged:
         print(f"damaged rows were replaced by others: {', '.join(map(str, damaged))}")
-    print(f"student: {export(config, store, digests, semantic, detail)}")
+    print(f"student: {export(config, stores, digests, done[0], done[1] if done[1:] else None)}")
 
 
 if __name__ == "__main__":

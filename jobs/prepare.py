@@ -34,9 +34,10 @@ from raydistill.latents.shards import (
 from raydistill.latents.tally import Tally
 from raydistill.models.text import WordVectors
 from raydistill.world.clips import FILTERED, Cut, decoder_versions
+from raydistill.world.drawing import World
 from raydistill.world.flow import DecodeOptions, decode_shards, index, write_world
 from raydistill.world.folder import (
-    LANES,
+    SUFFIXES,
     Source,
     describe_source,
     list_sources,
@@ -54,7 +55,7 @@ def identity_of(config: PrepareConfig) -> dict[str, Any]:
     return {
         "stage": "prepare",
         "schema_version": LATENTS_SCHEMA_VERSION,
-        "lane": LANES["images" if config.source.kind == "images" else "videos"],
+        "lane": config.source.lane,
         "caption_policy": config.source.caption_policy,
         "clip": {name: getattr(clip, name) for name in sorted(vars(clip))},
         "limits": {
@@ -70,12 +71,13 @@ def identity_of(config: PrepareConfig) -> dict[str, Any]:
 def find_sources(config: PrepareConfig) -> list[Source]:
     """Draw the small world, or list the user's folder."""
     source = config.source
-    if source.kind != "sprites":
+    if source.kind in SUFFIXES:
         found, others = list_sources(source.path, source.kind)
         print(f"{len(found)} {source.kind} below {source.path}; {others} other files, captions not counted")
         return found
     with meter("drawing", source.num_clips) as progress, disk_full_explained(Path(source.path)):
-        names = write_world(source.path, source.num_clips, source.seed, report=progress.show)
+        world = World(source.path, source.seed, source.severity, images=source.kind == "sprite_images")
+        names = write_world(world, source.num_clips, report=progress.show)
     return [describe_source(Path(source.path, name), name) for name in names]
 
 
@@ -238,7 +240,7 @@ def decode_and_encode(
 def prepare(config: PrepareConfig) -> Path:
     """Run the job; return the artifact's folder."""
     began = time.monotonic()
-    require_codec(config.encode.codec, config.clip, images=config.source.kind == "images")
+    require_codec(config.encode.codec, config.clip, images=config.source.lane == "image")
     identity = identity_of(config)
     with (
         connect(config.cluster.num_cpus, config.cluster.object_store_mib),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raydistill import draws
 from raydistill.consistency.function import jump
-from raydistill.consistency.phases import Phases, split_evenly, split_times
+from raydistill.consistency.phases import Phases, lcm_times, split_evenly, split_times
 from raydistill.consistency.schedule import SAME_TIME, Schedule, TimeGrid, diffuse
 from raydistill.errors import SamplingError, UnknownKey
 from raydistill.models.protocols import VelocityField
@@ -165,6 +165,11 @@ def build_plan(
         return SamplingPlan((Jump(1.0, 0.0, "semantic", extrapolates=True),), path, boundary, grid.last)
     times = _to_data(split_times(_phases(boundary, grid.last), num_steps, grid))
     return plan_times(times, boundary, grid.last, path)
+
+
+def plan_lcm(num_steps: int, grid: TimeGrid, path: Path = "renoise") -> SamplingPlan:
+    """Plan of one expert at LCM's times (LCM; MCM): raises SamplingError for more steps than intervals."""
+    return plan_times(_to_data(lcm_times(num_steps, 1.0, grid.last, grid)), None, grid.last, path)
 
 
 def teacher_plan(num_steps: int, grid: TimeGrid) -> SamplingPlan:

@@ -3,26 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raydistill.config.checks import at_least, fraction, positive
+from raydistill.config.grid import GridConfig
+from raydistill.config.stages import DetailConfig, MotionConfig, StageConfig
 from raydistill.errors import InvalidValue
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridConfig:
-    """Times at which the teacher's path is cut; a training example jumps from one node."""
-
-    num_intervals: int = 50
-    """Number of teacher steps from noise to data, N, as in DCM. At least 2."""
-    shift: float = 1.0
-    """Warp of the times towards noise, by * t / (1 + (by - 1) t) (DCM: 17). 1 is none."""
-    last: float = 0.0
-    """Last node, in [0, boundary). DCM stops at 0.0167, short of clean data."""
-
-    def __post_init__(self):
-        """Check ranges."""
-        _at_least("grid.num_intervals", self.num_intervals, 2)
-        _positive("grid.shift", self.shift)
-        if not 0.0 <= self.last < 1.0:
-            raise InvalidValue("grid.last", self.last, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,134 +21,7 @@ class TargetConfig:
 
     def __post_init__(self):
         """Check ranges."""
-        _fraction("target.decay", self.decay)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """Weights of L = sum_i lambda_i L_i. A term of weight 0 is never computed."""
-
-    huber_c: float = 1e-2
-    """Width of the pseudo-Huber bowl, in latent units (DCM: 1e-3)."""
-    normalise_jump: bool = True
-    """Divide guess and goal by the length of the jump, so that every t weighs alike."""
-    temporal_coherence: float = 0.0
-    """Weight of L_TC (DCM, eq. 8; its semantic expert uses 1)."""
-    coherence_stride: int = 3
-    """Distance l between the two compared latent frames in L_TC."""
-    adversarial: float = 0.0
-    """Weight of the generator's hinge (DCM: 0.5). Detail expert only."""
-    feature_matching: float = 0.0
-    """Weight of L_FM on the frozen teacher's features (DCM: 0.1 HunyuanVideo, 1 Wan). Detail expert only."""
-
-    def __post_init__(self):
-        """Check ranges."""
-        _positive("objective.huber_c", self.huber_c)
-        _at_least("objective.coherence_stride", self.coherence_stride, 1)
-        for name in ("temporal_coherence", "adversarial", "feature_matching"):
-            _at_least(f"objective.{name}", getattr(self, name), 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its learning rate, a pure function of the step."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate (DCM: 1e-6 semantic, 5e-6 detail, on 1-13 B parameters)."""
-    warmup_steps: int = 20
-    """Optimizer steps of linear rise from 0."""
-    decay: Literal["constant", "linear"] = "linear"
-    """`constant` after the warm-up, or `linear`: falling to 0 over the last half of the stage."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay (DCM: 1e-3)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging factors (DCM's critic: 0, 0.999)."""
-    gradient_clipping: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-
-    def __post_init__(self):
-        """Check ranges."""
-        _positive("optimizer.learning_rate", self.learning_rate)
-        for name in ("warmup_steps", "weight_decay", "gradient_clipping"):
-            _at_least(f"optimizer.{name}", getattr(self, name), 0)
-        for beta in self.betas:
-            _fraction("optimizer.betas", beta)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriticConfig:
-    """The detail expert's discriminator: small heads on the frozen teacher's features."""
-
-    real: Literal["target", "data"] = "data"
-    """What it calls real: the consistency target (as DCM published) or re-noised clean latents."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-3, betas=(0.0, 0.999))
-    )
-    """Its own optimizer (DCM: 1e-5, betas 0 and 0.999)."""
-    channels: int = 64
-    """Width of each head (DCM: 1024): even, above 64 a multiple of 32, for its normalisation's groups."""
-    stride: int = 2
-    """Every how many transformer blocks a feature map is taken."""
-
-    def __post_init__(self):
-        """Check ranges."""
-        _at_least("critic.channels", self.channels, 2)
-        if self.channels % (2 if self.channels <= 64 else 32):
-            raise InvalidValue("critic.channels", self.channels, "even, and above 64 a multiple of 32")
-        _at_least("critic.stride", self.stride, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One expert's training. The semantic expert uses these fields alone."""
-
-    num_steps: int = 600
-    """Optimizer steps of the stage."""
-    global_batch: int = 32
-    """Samples per optimizer step over all workers; what one step sees does not depend on their number."""
-    micro_batch: int = 16
-    """Samples per worker and forward pass. Gradient accumulation follows: global / (workers * micro)."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Of the student."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """Terms of the loss."""
-
-    def __post_init__(self):
-        """Check ranges."""
-        for name in ("num_steps", "global_batch", "micro_batch"):
-            _at_least(name, getattr(self, name), 1)
-
-    def accumulation(self, num_workers: int) -> int:
-        """Micro-batches per worker and optimizer step. Raises InvalidValue if the batch does not divide."""
-        rounds, rest = divmod(self.global_batch, num_workers * self.micro_batch)
-        if rest or not rounds:
-            parts = f"{num_workers} workers x {self.micro_batch} micro_batch"
-            raise InvalidValue("global_batch", self.global_batch, f"a multiple of {parts}")
-        return rounds
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetailConfig(StageConfig):
-    """The detail expert: frozen semantic expert + LoRA + own copies of the time-dependent layers."""
-
-    num_steps: int = 300
-    """Optimizer steps of the stage."""
-    objective: ObjectiveConfig = field(
-        default_factory=lambda: ObjectiveConfig(adversarial=0.05, feature_matching=0.1)
-    )
-    """Terms of the loss."""
-    lora_rank: int = 8
-    """Rank of the attention's low-rank branch (DCM: 128). Unused with experts=dual_full."""
-    lora_alpha: float = 16.0
-    """Scale of the branch is alpha / rank (DCM: 256 / 128)."""
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    """Built only if objective.adversarial > 0."""
-
-    def __post_init__(self):
-        """Check ranges."""
-        StageConfig.__post_init__(self)
-        _at_least("detail.lora_rank", self.lora_rank, 1)
-        _positive("detail.lora_alpha", self.lora_alpha)
+        fraction("target.decay", self.decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +74,10 @@ class ScaleConfig:
 
     def __post_init__(self):
         """Check ranges."""
-        _at_least("scale.num_workers", self.num_workers, 1)
-        _positive("scale.cpus_per_worker", self.cpus_per_worker)
-        _at_least("scale.threads_per_worker", self.threads_per_worker, 1)
-        _at_least("scale.max_failures", self.max_failures, 0)
+        at_least("scale.num_workers", self.num_workers, 1)
+        positive("scale.cpus_per_worker", self.cpus_per_worker)
+        at_least("scale.threads_per_worker", self.threads_per_worker, 1)
+        at_least("scale.max_failures", self.max_failures, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +90,39 @@ class TrackingConfig:
     """Weights & Biases project; empty is off."""
     mlflow: str = ""
     """MLflow experiment; empty is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Where the paths of training begin (MCM, sec. 3.3). With experts=motion or =single."""
+
+    real_share: float = 1.0
+    """Share of the samples whose x0 is a video's (MCM: 0.5). What this and recorded_share leave starts at the
+    student's own one-step sample of the caption."""
+    recorded_share: float = 0.0
+    """Share of the samples that are read from paths of the teacher recorded ahead."""
+    per: Literal["sample", "step"] = "sample"
+    """Shares are kept among single samples, or whole steps have one kind, as in MCM's code."""
+    trajectories: str = ""
+    """Artifact of recorded paths: jobs/prepare.py with source.kind=trajectories makes one."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        for name in ("real_share", "recorded_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InvalidValue(f"mix.{name}", getattr(self, name), "in [0, 1]")
+        if self.real_share + self.recorded_share > 1.0 + 1e-9:
+            raise InvalidValue("mix.recorded_share", self.recorded_share, "at most 1 - mix.real_share")
+        if bool(self.trajectories) != (self.recorded_share > 0):
+            need = (
+                "the artifact of recorded paths" if self.recorded_share else "empty: mix.recorded_share is 0"
+            )
+            raise InvalidValue("mix.trajectories", self.trajectories, need)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every sample is a video."""
+        return self.real_share == 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +143,7 @@ class SamplingConfig:
         """Check ranges."""
         for name in ("num_steps", "semantic_tail"):
             for count in getattr(self, name):
-                _at_least(f"sampling.{name}", count, 1)
+                at_least(f"sampling.{name}", count, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,19 +156,26 @@ class DistillConfig:
     """Folder of the codec that made the latents; its fingerprint is compared with theirs."""
     data: str = "build/latents"
     """Latents artifact to train on."""
+    images: str = ""
+    """Latents artifact of good images for the image critic, with captions of their own."""
+    max_images: int = 0
+    """Use only so many of the images, the first rows; 0: all."""
     output: str = "build/student"
     """Run folder: checkpoints, metrics and, at the end, the student."""
     seed: int = 7
     """Keys every random number together with the global sample index."""
-    experts: Literal["dual", "single", "dual_full"] = "dual"
+    experts: Literal["dual", "single", "dual_full", "motion"] = "dual"
     """`dual`: semantic + LoRA detail; `dual_full`: two whole networks; `single`: the semantic stage alone,
-    over the whole range (a plain consistency model)."""
+    over the whole range (a plain consistency model); `motion`: MCM's, a LoRA over the whole range."""
     boundary: float = 0.74
     """Time at which the semantic expert hands over, in (0, 1); it belongs to the detail expert."""
     grid: GridConfig = field(default_factory=GridConfig)
     """Times of the teacher's path."""
     guidance_scale: float = 2.0
     """Classifier-free guidance of the teacher, w in uncond + w (cond - uncond); 1 is off."""
+    guidance_range: tuple[float, ...] = ()
+    """Lowest and highest w, drawn for each sample (MCM's code says 5 to 15 and means 6 to 16, for it counts
+    from 0); empty: guidance_scale for all."""
     target: TargetConfig = field(default_factory=TargetConfig)
     """Network that gives the goal."""
     average_decay: float = 0.995
@@ -289,6 +186,10 @@ class DistillConfig:
     """First stage: t in (boundary, 1]."""
     detail: DetailConfig = field(default_factory=DetailConfig)
     """Second stage: t in (0, boundary]."""
+    motion: MotionConfig = field(default_factory=MotionConfig)
+    """The only stage of experts=motion: t in (grid.last, 1]."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    """Real, simulated and recorded paths."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """ZeRO, precision, memory."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -310,21 +211,61 @@ class DistillConfig:
         """Check what no single section can see."""
         if not 0.0 < self.boundary < 1.0:
             raise InvalidValue("boundary", self.boundary, "in (0, 1)")
-        if self.experts != "single" and not self.grid.last < self.boundary:
+        if self.is_dual and not self.grid.last < self.boundary:
             raise InvalidValue("grid.last", self.grid.last, f"below boundary = {self.boundary}")
-        for name in ("adversarial", "feature_matching"):
-            weight = getattr(self.semantic.objective, name)
-            if weight:
-                raise InvalidValue(f"semantic.objective.{name}", weight, "0: belongs to the detail expert")
-        _fraction("average_decay", self.average_decay)
+        fraction("average_decay", self.average_decay)
         for name in ("save_every", "keep", "report_every"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("semantic", "detail") if self.experts != "single" else ("semantic",):
+            at_least(name, getattr(self, name), 1)
+        at_least("max_images", self.max_images, 0)
+        low_high = self.guidance_range
+        if low_high and not (len(low_high) == 2 and 0 <= low_high[0] <= low_high[1]):
+            raise InvalidValue("guidance_range", low_high, "two numbers, 0 <= lowest <= highest, or empty")
+        if self.is_dual and not self.mix.plain:
+            expected = "1 with two experts: a sample of one step is experts=motion's or =single's"
+            raise InvalidValue("mix.real_share", self.mix.real_share, expected)
+        self._check_terms()
+        for name in self.stages:
             self._check_stage(name)
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether two experts share the path."""
+        return self.experts in ("dual", "dual_full")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages, in the order of their training."""
+        if self.experts == "motion":
+            return ("motion",)
+        return ("semantic", "detail") if self.is_dual else ("semantic",)
+
+    def stage(self, name: str) -> StageConfig:
+        """Settings of 'semantic', 'detail' or 'motion'."""
+        return {"semantic": self.semantic, "detail": self.detail, "motion": self.motion}[name]
+
+    def _check_terms(self):
+        """Terms of the loss that a stage cannot have, or that need something."""
+        for stage in ("semantic", "motion"):
+            for name in ("adversarial", "feature_matching"):
+                if weight := getattr(self.stage(stage).objective, name):
+                    key = f"{stage}.objective.{name}"
+                    raise InvalidValue(key, weight, "0: belongs to the detail expert")
+        if self.is_dual and self.semantic.objective.appearance:
+            key, weight = "semantic.objective.appearance", self.semantic.objective.appearance
+            raise InvalidValue(key, weight, "0: its jumps end in noise, use detail.objective.appearance")
+        judged = [name for name in self.stages if self.stage(name).objective.appearance]
+        if judged and not self.images:
+            expected = f"an artifact of images: {judged[0]}.objective.appearance is not 0"
+            raise InvalidValue("images", self.images, expected)
+        if self.images and not judged:
+            expected = (
+                f"empty, or {self.stages[-1]}.objective.appearance above 0: nothing looks at the images"
+            )
+            raise InvalidValue("images", self.images, expected)
 
     def _check_stage(self, name: str):
         """Batch against workers; warm-up against length."""
-        stage: StageConfig = getattr(self, name)
+        stage = self.stage(name)
         try:
             stage.accumulation(self.scale.num_workers)
         except InvalidValue as error:
@@ -332,18 +273,3 @@ class DistillConfig:
         if stage.optimizer.warmup_steps > stage.num_steps:
             value, limit = stage.optimizer.warmup_steps, stage.num_steps
             raise InvalidValue(f"{name}.optimizer.warmup_steps", value, f"at most num_steps = {limit}")
-
-
-def _at_least(key: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise InvalidValue(key, value, f"at least {low}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not 0.0 < value < float("inf"):
-        raise InvalidValue(key, value, "a positive number")
-
-
-def _fraction(key: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise InvalidValue(key, value, "in [0, 1)")

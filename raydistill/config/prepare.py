@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from raydistill.config.checks import at_least
+from raydistill.config.grid import GridConfig
 from raydistill.errors import InvalidValue
 
 BLOCK_GIB = 1.0
@@ -14,8 +16,10 @@ BLOCK_GIB = 1.0
 class SourceConfig:
     """Where the media files are, and their captions."""
 
-    kind: Literal["sprites", "videos", "images"] = "sprites"
-    """`sprites`: draw the small world into `path` first; `videos`, `images`: a folder of your own."""
+    kind: Literal["sprites", "sprite_images", "videos", "images", "trajectories"] = "sprites"
+    """`videos`, `images`: a folder of your own; `sprites`, `sprite_images`: draw the small world's clips, or
+    single frames of other scenes, into `path` first; `trajectories`: record a teacher's paths for the
+    captions of the latents artifact at `path`, see `record`."""
     path: str = "build/world"
     """Folder, searched recursively. Every machine of the cluster must see it under this path."""
     captions: str = ""
@@ -23,16 +27,26 @@ class SourceConfig:
     caption_policy: Literal["filter", "error", "empty"] = "filter"
     """A file without caption is left out and counted, stops the job, or gets the empty caption."""
     num_clips: int = 1500
-    """How many clips of the small world to draw. Sprites only."""
+    """How many clips or images of the small world to draw. Sprites only."""
+    severity: float = 0.0
+    """How poor the small world's clips are, in [0, 1]: exposure, blur, noise, watermark, compression.
+    Sprites only."""
     seed: int = 0
     """Seed of the small world. Sprites only."""
 
     def __post_init__(self):
         """Check ranges."""
-        _at_least("source.num_clips", self.num_clips, 1)
-        _at_least("source.seed", self.seed, 0)
+        at_least("source.num_clips", self.num_clips, 1)
+        at_least("source.seed", self.seed, 0)
+        if not 0.0 <= self.severity <= 1.0:
+            raise InvalidValue("source.severity", self.severity, "in [0, 1]")
         if not self.path:
             raise InvalidValue("source.path", self.path, "a folder")
+
+    @property
+    def lane(self) -> str:
+        """'video' or 'image'."""
+        return "image" if self.kind in ("images", "sprite_images") else "video"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +69,10 @@ class ClipConfig:
     def __post_init__(self):
         """Check ranges."""
         for name in ("num_frames", "height", "width", "max_clips_per_video"):
-            _at_least(f"clip.{name}", getattr(self, name), 1)
+            at_least(f"clip.{name}", getattr(self, name), 1)
         if not 0 < self.out_fps <= 1000:
             raise InvalidValue("clip.out_fps", self.out_fps, "in (0, 1000]")
-        _at_least("clip.stride_s", self.stride_s, 0)
+        at_least("clip.stride_s", self.stride_s, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +96,9 @@ class LimitsConfig:
     def __post_init__(self):
         """Check ranges."""
         for name in ("max_bytes", "max_duration_s", "max_pixels", "max_packets"):
-            _at_least(f"limits.{name}", getattr(self, name), 1)
-        _at_least("limits.deadline_s", self.deadline_s, 0.1)
-        _at_least("limits.memory_gib", self.memory_gib, 0.5)
+            at_least(f"limits.{name}", getattr(self, name), 1)
+        at_least("limits.deadline_s", self.deadline_s, 0.1)
+        at_least("limits.memory_gib", self.memory_gib, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +117,8 @@ class DecodeConfig:
     def __post_init__(self):
         """Check ranges."""
         for name in ("num_actors", "recycle_after"):
-            _at_least(f"decode.{name}", getattr(self, name), 1)
-        _at_least("decode.audit_every", self.audit_every, 0)
+            at_least(f"decode.{name}", getattr(self, name), 1)
+        at_least("decode.audit_every", self.audit_every, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +145,45 @@ class EncodeConfig:
     def __post_init__(self):
         """Check ranges."""
         for name in ("text_tokens", "text_width", "batch_size", "num_actors"):
-            _at_least(f"encode.{name}", getattr(self, name), 1)
-        _at_least("encode.gpus_per_actor", self.gpus_per_actor, 0)
+            at_least(f"encode.{name}", getattr(self, name), 1)
+        at_least("encode.gpus_per_actor", self.gpus_per_actor, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordConfig:
+    """Paths of a teacher, recorded ahead: training on them needs no pass of the teacher."""
+
+    teacher: str = "raydistill/world/weights/teacher"
+    """Folder of the teacher."""
+    num_paths: int = 1024
+    """How many paths; path i has the caption of row i, again from the first when they are used up."""
+    guidance_range: tuple[float, float] = (2.0, 2.0)
+    """Lowest and highest guidance scale w, drawn for each path. A run must ask for the same."""
+    grid: GridConfig = field(default_factory=GridConfig)
+    """Nodes at which the path's states are kept. A run must have the same grid."""
+    seed: int = 0
+    """Keys noise and guidance with the path's number."""
+    paths_per_shard: int = 64
+    """A shard is what a stopped run has to do again."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How states are stored; readers always get float32."""
+    batch_size: int = 16
+    """Paths followed at once. Not part of the fingerprint."""
+    num_actors: int = 1
+    """Recorders at work at the same time. Not part of the fingerprint."""
+    cpus_per_actor: float = 1.0
+    """Logical CPUs that Ray reserves for each. Not part of the fingerprint."""
+    gpus_per_actor: float = 0.0
+    """GPUs that Ray reserves for each. Not part of the fingerprint."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        for name in ("num_paths", "paths_per_shard", "batch_size", "num_actors"):
+            at_least(f"record.{name}", getattr(self, name), 1)
+        at_least("record.seed", self.seed, 0)
+        low, high = self.guidance_range
+        if not 0 <= low <= high:
+            raise InvalidValue("record.guidance_range", self.guidance_range, "0 <= lowest <= highest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +197,7 @@ class ShardConfig:
 
     def __post_init__(self):
         """Check ranges."""
-        _at_least("shard.files_per_shard", self.files_per_shard, 1)
+        at_least("shard.files_per_shard", self.files_per_shard, 1)
         if not 1 <= self.rows_per_group <= 64:
             raise InvalidValue("shard.rows_per_group", self.rows_per_group, "1 to 64")
 
@@ -166,8 +217,8 @@ class ToleranceConfig:
         """Check ranges."""
         if not 0 <= self.max_bad_fraction <= 1:
             raise InvalidValue("tolerance.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
-        _at_least("tolerance.allowed_bad_files", self.allowed_bad_files, 0)
-        _at_least("tolerance.max_bad_in_a_row", self.max_bad_in_a_row, 1)
+        at_least("tolerance.allowed_bad_files", self.allowed_bad_files, 0)
+        at_least("tolerance.max_bad_in_a_row", self.max_bad_in_a_row, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +232,9 @@ class ClusterConfig:
 
     def __post_init__(self):
         """Check ranges."""
-        _at_least("cluster.num_cpus", self.num_cpus, 0)
+        at_least("cluster.num_cpus", self.num_cpus, 0)
         if self.object_store_mib:
-            _at_least("cluster.object_store_mib", self.object_store_mib, 80)
+            at_least("cluster.object_store_mib", self.object_store_mib, 80)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +258,8 @@ class PrepareConfig:
     """Division into files."""
     tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
     """Bad files."""
+    record: RecordConfig = field(default_factory=RecordConfig)
+    """Recording of a teacher's paths, with source.kind=trajectories; clips and files do not matter then."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Ray, if none is running."""
 
@@ -214,7 +267,7 @@ class PrepareConfig:
         """Check what no single section can see."""
         if not self.output:
             raise InvalidValue("output", self.output, "a folder")
-        frames = 1 if self.source.kind == "images" else self.clip.num_frames * self.clip.max_clips_per_video
+        frames = 1 if self.source.lane == "image" else self.clip.num_frames * self.clip.max_clips_per_video
         clips_gib = self.shard.files_per_shard * frames * self.clip.height * self.clip.width * 3 / 2**30
         if clips_gib > BLOCK_GIB:
             size = f"decoded, a shard would take {clips_gib:.1f} GiB, {BLOCK_GIB:g} is the limit"
@@ -224,8 +277,3 @@ class PrepareConfig:
         if 0 < store < needed:
             expected = f"0, or at least {needed}: two decoded shards"
             raise InvalidValue("cluster.object_store_mib", store, expected)
-
-
-def _at_least(key: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise InvalidValue(key, value, f"at least {low}")

@@ -12,7 +12,7 @@ class PretrainConfig:
     """One network of the small world, trained in one process on clips drawn on the fly."""
 
     part: str = MISSING
-    """Which network: codec, judge or teacher; the teacher needs the codec's folder."""
+    """Which network: codec, judge, teacher or features; judge and teacher need the codec's folder."""
     output: str = MISSING
     """Folder that receives <part>/ with safetensors, and <part>.state for resuming."""
     seed: int = 0
@@ -23,6 +23,8 @@ class PretrainConfig:
     """Samples per step: clips, or frames for the codec."""
     num_clips: int = 12288
     """How many clips are drawn; none of a held-out caption."""
+    severities: tuple[float, ...] = (0.0,)
+    """How poor the clips are, each in [0, 1], dealt out in turn; 0 is as drawn."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW; linear warm-up over 100 steps, linear decay to zero in the second half."""
     muon_rate: float = 4e-3
@@ -38,8 +40,10 @@ class PretrainConfig:
 
     def __post_init__(self):
         """Refuse unknown parts and empty runs."""
-        if self.part not in ("codec", "judge", "teacher"):
-            raise InvalidValue("part", self.part, "one of codec, judge, teacher")
+        if self.part not in ("codec", "judge", "teacher", "features"):
+            raise InvalidValue("part", self.part, "one of codec, judge, teacher, features")
+        if not self.severities or not all(0 <= one <= 1 for one in self.severities):
+            raise InvalidValue("severities", self.severities, "one or more numbers in [0, 1]")
         if self.num_steps < 1 or self.batch < 1 or self.num_clips < self.batch:
             raise InvalidValue(
                 "num_steps, batch, num_clips", self.num_steps, "at least one step and one batch"

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from raydistill import draws
-from raydistill.config.distill import DistillConfig, EngineConfig, ObjectiveConfig, ScaleConfig
-from raydistill.consistency.schedule import TimeGrid
+from raydistill.config.distill import DistillConfig, EngineConfig, MixConfig, ScaleConfig
+from raydistill.config.stages import ObjectiveConfig
+from raydistill.consistency.function import jump
+from raydistill.consistency.schedule import Schedule, TimeGrid
 from raydistill.errors import InvalidValue
 from raydistill.experts.loop import distill
 from raydistill.experts.semantic import Segment, consistency_pair, consistency_terms
-from raydistill.experts.stages import Stage, build_stage
+from raydistill.experts.stages import Given, Stage, build_stage
 from raydistill.models.protocols import VelocityField
-from raydistill.models.wan import load_teacher
+from raydistill.models.teacher import load_schedule, load_teacher
 from raydistill.types import Batch, Indices, Times
 
 PROBED_NODES = 10
@@ -37,18 +39,18 @@ class _AtNode(Segment):
 
 
 def change_of_x0(
-    teacher: VelocityField, grid: TimeGrid, noise: Tensor, text: Tensor
+    teacher: VelocityField, schedule: Schedule, grid: TimeGrid, noise: Tensor, text: Tensor
 ) -> tuple[list[float], list[float]]:
     """Mean |x0_i - x0_(i-1)| of the teacher's successive predictions (DCM, fig. 10), and the times t_i."""
     times, changes, before, x = grid.times.tolist(), [], None, noise
     with torch.no_grad():
         for t, s in pairwise(times):
-            at = torch.full((len(x),), t, dtype=torch.float64)
-            velocity = teacher(x, at, text)
-            x0 = x - t * velocity
+            at, to = (torch.full((len(x),), u, dtype=torch.float64) for u in (t, s))
+            prediction = teacher(x, at, text)
+            x0 = schedule.to_x0(prediction, x, at)
             if before is not None:
                 changes.append(float((x0 - before).abs().mean()))
-            before, x = x0, x + (s - t) * velocity
+            before, x = x0, jump(schedule, prediction, x, at, to)
     return times[1:-1], changes
 
 
@@ -78,7 +80,7 @@ def probe(
     weights = [p for p in stage.student.parameters() if p.requires_grad]
     segment = stage.segment
     for node in nodes:
-        here = _AtNode(segment.schedule, segment.grid, segment.upper, segment.lower, segment.seed, node)
+        here = _AtNode(**vars(segment), node=node)
         loss, total = 0.0, [torch.zeros_like(p, dtype=torch.float32) for p in weights]
         for batch in batches:
             term = consistency_terms(consistency_pair(stage.nets, here, batch), objective)["consistency"]
@@ -111,7 +113,8 @@ def analyse(
     rows = _Rows(read, num_rows, single.semantic.micro_batch, device)
     fixed = list(islice(rows.batches(), config.semantic.global_batch // single.semantic.micro_batch))
     teacher = load_teacher(config.teacher).to(device)
-    stage = build_stage(single, "semantic", teacher, None, fixed[0].latents[:1], fixed[0].text[:1])
+    given = Given(teacher, fixed[0].latents[:1], fixed[0].text[:1], schedule=load_schedule(config.teacher))
+    stage = build_stage(single, "semantic", given)
     grid = stage.segment.grid
     nodes = sorted({round(i * (grid.num_intervals - 1) / (PROBED_NODES - 1)) for i in range(PROBED_NODES)})
     change_times, change = _mean_change(stage, fixed, config.seed)
@@ -140,11 +143,14 @@ def _alone(config: DistillConfig) -> DistillConfig:
     num_steps = max(PROBES, config.semantic.num_steps // 4)
     warmup = min(config.semantic.optimizer.warmup_steps, num_steps)
     optimizer = replace(config.semantic.optimizer, warmup_steps=warmup)
+    objective = replace(config.semantic.objective, motion=0.0, appearance=0.0, consistency=1.0)
     precision, less_memory = config.engine.precision, config.engine.activation_checkpointing
     return replace(
         config,
         experts="single",
-        semantic=replace(config.semantic, num_steps=num_steps, optimizer=optimizer),
+        images="",
+        mix=MixConfig(),
+        semantic=replace(config.semantic, num_steps=num_steps, optimizer=optimizer, objective=objective),
         engine=EngineConfig(backend="torch", precision=precision, activation_checkpointing=less_memory),
         scale=ScaleConfig(num_workers=1),
     )
@@ -161,7 +167,9 @@ def _mean_change(stage: Stage, batches: Sequence[Batch], seed: int) -> tuple[lis
     times, changes = [], []
     for batch in batches:
         noise = draws.noise(seed, batch.index, "analysis", tuple(batch.latents.shape[1:])).to(batch.latents)
-        times, change = change_of_x0(stage.nets.teacher, stage.segment.grid, noise, batch.text)
+        times, change = change_of_x0(
+            stage.nets.teacher, stage.segment.schedule, stage.segment.grid, noise, batch.text
+        )
         changes.append(change)
     return times, np.mean(changes, axis=0).tolist()
 

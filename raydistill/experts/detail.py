@@ -6,19 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from raydistill.config.distill import ObjectiveConfig
+from raydistill.config.stages import ObjectiveConfig
 from raydistill.consistency.losses import feature_matching, hinge_critic, hinge_generator
 from raydistill.consistency.schedule import diffuse, renoise
 from raydistill.experts.semantic import (
     Jumped,
+    Look,
     Losses,
-    Networks,
     Segment,
     Term,
     Terms,
     add_up,
-    consistency_pair,
-    consistency_terms,
 )
 from raydistill.models.protocols import FeatureField
 from raydistill.types import Batch, Latents, Times
@@ -65,15 +63,9 @@ def renoised_pair(
 
 
 def adversarial_terms(
-    judges: Judges, segment: Segment, batch: Batch, pair: Jumped, objective: ObjectiveConfig
-) -> tuple[Terms, Latents, CriticInputs]:
-    """Generator's hinge and feature matching on a leaf that stands for the guess.
-
-    Returns terms, the leaf, and the critic's inputs. The gradient with respect to the leaf is taken here and
-    handed to the student by one product, so that this graph is freed before the student's, and the critic's
-    engine sees none of it.
-    """
-    leaf = pair.guess.detach().requires_grad_()
+    judges: Judges, segment: Segment, batch: Batch, pair: Jumped, leaf: Latents, objective: ObjectiveConfig
+) -> tuple[Terms, CriticInputs]:
+    """Generator's hinge and feature matching on a leaf that stands for the guess; and the critic's inputs."""
     fake, real, a = renoised_pair(segment, batch, pair, leaf, judges.real)
     fake_maps, fake_seen = judges.teacher.features(fake, a, batch.text, judges.blocks)
     with torch.no_grad():
@@ -86,24 +78,16 @@ def adversarial_terms(
         terms["feature_matching"] = Term(
             objective.feature_matching, feature_matching(fake_seen, real_seen), a
         )
-    return terms, leaf, CriticInputs([m.detach() for m in fake_maps], real_maps, a)
+    return terms, CriticInputs([m.detach() for m in fake_maps], real_maps, a)
 
 
-def detail_losses(
-    nets: Networks, judges: Judges | None, segment: Segment, batch: Batch, objective: ObjectiveConfig
-) -> tuple[Losses, CriticInputs | None]:
-    """One draw of L for t in (0, boundary]; without judges it is the consistency loss alone."""
-    pair = consistency_pair(nets, segment, batch)
-    consistency = add_up(consistency_terms(pair, objective))
-    if judges is None:
-        return consistency, None
-    terms, leaf, seen = adversarial_terms(judges, segment, batch, pair, objective)
-    extra = add_up(terms)
-    (gradient,) = torch.autograd.grad(extra.total, leaf)
-    # The product's gradient is that of `extra.total`; its own value is no loss and is taken out again.
-    through = (pair.guess * gradient).sum()
-    total = consistency.total + extra.total.detach() + through - through.detach()
-    return Losses(total, {**consistency.terms, **extra.terms}), seen
+def detail_look(judges: Judges, segment: Segment, objective: ObjectiveConfig) -> Look:
+    """Give the detail expert's onlooker: critic and teacher's features, see `adversarial_terms`."""
+
+    def look(batch: Batch, pair: Jumped, leaf: Latents) -> tuple[Terms, CriticInputs]:
+        return adversarial_terms(judges, segment, batch, pair, leaf, objective)
+
+    return look
 
 
 def critic_losses(critic: nn.Module, seen: CriticInputs, grid: tuple[int, int, int]) -> Losses:

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raydistill.config.distill import EngineConfig, OptimizerConfig
+from raydistill.config.distill import EngineConfig
+from raydistill.config.stages import OptimizerConfig
 from raydistill.errors import DistillError
 from raydistill.experts.parts import KINDS, Parts, save_parts
 from raydistill.experts.plain_engine import (

@@ -3,15 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from raydistill.errors import NonFiniteLoss
-from raydistill.experts.detail import CriticInputs, critic_losses, detail_losses
 from raydistill.experts.engine import Engine
 from raydistill.experts.meter import Meter
-from raydistill.experts.semantic import Losses, semantic_losses
-from raydistill.experts.stages import Stage
+from raydistill.experts.semantic import Losses, consistency_losses
+from raydistill.experts.stages import Companion, Stage
 from raydistill.types import Batch
 
 Report = Callable[[int, dict[str, float]], None]
@@ -41,24 +41,23 @@ def require_finite_gradient(engine: Engine, term: str) -> None:
         raise NonFiniteLoss(term, engine.steps - 1, value)
 
 
-def draw(stage: Stage, batch: Batch) -> tuple[Losses, CriticInputs | None]:
-    """One draw of the stage's loss."""
-    if stage.name == "semantic":
-        return semantic_losses(stage.nets, stage.segment, batch, stage.config.objective), None
-    return detail_losses(stage.nets, stage.judges, stage.segment, batch, stage.config.objective)
+def draw(stage: Stage, batch: Batch) -> tuple[Losses, dict[str, Any]]:
+    """One draw of the stage's loss, and what its companions keep for their own turns."""
+    looks = {name: companion.look for name, companion in stage.companions.items()}
+    return consistency_losses(stage.nets, stage.segment, batch, stage.config.objective, looks)
 
 
-def critic_turn(stage: Stage, seen: CriticInputs, meter: Meter) -> None:
-    """Teach the critic on the features of the student's turn."""
-    judges, engine = stage.judges, stage.critic_engine
-    if judges is None or engine is None:
+def take_turn(name: str, companion: Companion, seen: Any, meter: Meter) -> None:
+    """Teach a companion on what it saw in the student's turn."""
+    engine = companion.engine
+    if engine is None or companion.turn is None:
         return
-    turn = critic_losses(engine.module, seen, judges.grid)
+    turn = companion.turn(seen)
     require_finite(turn, engine.steps)
     meter.add(turn)
     engine.backward(turn.total)
     if engine.step():
-        require_finite_gradient(engine, "gradient norm of the critic")
+        require_finite_gradient(engine, f"gradient norm of the {name.replace('_', ' ')}")
 
 
 def distill(
@@ -74,8 +73,8 @@ def distill(
         require_finite(losses, engine.steps)
         meter.add(losses)
         engine.backward(losses.total)
-        if seen is not None:
-            critic_turn(stage, seen, meter)
+        for name, companion in stage.companions.items():
+            take_turn(name, companion, seen[name], meter)
         del losses, seen
         if not engine.step():
             continue

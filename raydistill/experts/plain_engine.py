@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raydistill.config.distill import OptimizerConfig
+from raydistill.config.stages import OptimizerConfig
 from raydistill.experts.parts import KINDS, Parts, save_parts
 
 

@@ -15,9 +15,9 @@ from raydistill.experts import checkpoint
 from raydistill.experts.launch import Worker
 from raydistill.experts.loop import distill
 from raydistill.experts.parts import Parts
-from raydistill.experts.stages import Stage, build_stage, build_student
+from raydistill.experts.stages import Given, Stage, build_stage, build_student
 from raydistill.experts.tracking import Tracker
-from raydistill.models.wan import WanField, load_teacher
+from raydistill.models.teacher import Teacher, load_schedule, load_teacher
 from raydistill.types import Batch
 
 AVERAGES = "averages.safetensors"
@@ -35,6 +35,20 @@ class Run:
     """Latents and text of one sample, for shapes."""
     semantic: Path | None = None
     """Last checkpoint of the semantic stage, for the detail stage."""
+    caption_means: tuple[Tensor, Tensor] | None = None
+    """Mean pooled caption of clips and of images, for the image critic."""
+
+
+NOT_SHAPING = (
+    *("output", "data", "teacher", "codec", "images", "scale", "tracking", "sampling", "save_every", "keep"),
+    *("report_every", "resume", "engine"),
+)
+"""Fields that change no number of a stage, or that stand in its settings by their contents' digest."""
+
+
+def _before(stage: str) -> tuple[str, ...]:
+    """Stages whose result a stage starts from."""
+    return ("semantic",) if stage == "detail" else ()
 
 
 def settings_of(
@@ -46,14 +60,11 @@ def settings_of(
     are not among them. The detail stage is also bound to the very semantic expert that it began with.
     """
     values = asdict(config)
-    for name in ("output", "data", "teacher", "codec", "scale", "tracking", "sampling", "save_every", "keep"):
+    for name in (*NOT_SHAPING, *({"semantic", "detail", "motion"} - {stage, *_before(stage)})):
         del values[name]
-    for name in ("report_every", "resume", "engine"):
-        del values[name]
-    for name in ("semantic", "detail"):
-        del values[name]["micro_batch"]
-    if stage == "semantic":
-        del values["detail"]
+    for name in (stage, *_before(stage)):
+        del values[name]["micro_batch"], values[name]["appearance"]["features"]
+    del values["mix"]["trajectories"]
     engine = {"precision": config.engine.precision, "engine_extra": config.engine.extra}
     return {
         **values,
@@ -107,18 +118,31 @@ def _build(run: Run, worker: Worker) -> Stage:
     teacher = load_teacher(run.config.teacher).to(worker.device)
     semantic = load_result(run.config, run.semantic, teacher) if run.semantic else None
     latents, text = (x.to(worker.device) for x in run.example)
-    return build_stage(run.config, worker.stage, teacher, semantic, latents, text)
+    schedule = load_schedule(run.config.teacher)
+    given = Given(teacher, latents, text, semantic, schedule, run.caption_means)
+    return build_stage(run.config, worker.stage, given)
 
 
 def on_device(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:
     """Move each batch's tensors to the worker's device; indices stay, they key random numbers."""
     for batch in batches:
-        yield Batch(batch.index, batch.latents.to(worker.device), batch.text.to(worker.device))
+        images = batch.images
+        yield replace(
+            batch,
+            latents=batch.latents.to(worker.device),
+            text=batch.text.to(worker.device),
+            x_r=batch.x_r.to(worker.device) if batch.x_r is not None else None,
+            images=replace(
+                images, latents=images.latents.to(worker.device), text=images.text.to(worker.device)
+            )
+            if images
+            else None,
+        )
 
 
 def load_result(
-    config: DistillConfig, folder: Path, teacher: WanField, semantic: WanField | None = None
-) -> WanField:
+    config: DistillConfig, folder: Path, teacher: Teacher, semantic: Teacher | None = None
+) -> Teacher:
     """Rebuild a stage's result, the averaged student, from its last checkpoint; frozen.
 
     Without `semantic` it is the semantic (or single) expert; with it, the detail expert over it.
@@ -128,7 +152,7 @@ def load_result(
     )
 
 
-def _with_weights(student: WanField, folder: Path, *, averaged: bool) -> WanField:
+def _with_weights(student: Teacher, folder: Path, *, averaged: bool) -> Teacher:
     names = [n for n, p in student.named_parameters() if p.requires_grad]
     if averaged:
         kept = load_file(folder / AVERAGES)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from raydistill.types import Text
 
@@ -39,3 +41,8 @@ class WordVectors:
             for token, word in zip(row, words, strict=False):
                 token[:] = self._vector(word)
         return torch.from_numpy(out)
+
+
+def null_text(like: Text) -> Float[Tensor, "l d"]:
+    """Embed the empty caption, for guidance, in the sizes of a batch of texts (b, l, d)."""
+    return WordVectors(like.shape[1], like.shape[2])([""])[0].to(like)

@@ -1,19 +1,23 @@
-"""The small world as files: every clip an mp4 with a caption and its truth beside it."""
+"""The small world as files: clips as mp4, images as png, with caption and truth beside each."""
 
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 from av.codec.context import Flags
+from PIL import Image
 
 from raydistill.artifacts import file_sha256, write_json
 from raydistill.errors import CorruptArtifact, StaleArtifact
+from raydistill.world import degrade as degrading
 from raydistill.world import sprites
-from raydistill.world.sprites import FPS, draw_scene, render
+from raydistill.world.degrade import degrade
+from raydistill.world.sprites import FPS, Scene, draw_scene, render
 
 ENCODING = {"crf": "4", "preset": "medium", "bf": "0", "g": "16", "x264-params": "no-asm=1"}
 """x264 with full colour resolution and hardly any loss: the codec shall be taught by what was drawn.
@@ -25,56 +29,77 @@ then had other bytes, and the world another fingerprint.
 WORLD = "world.json"
 
 
-def open_world(folder: str | Path, seed: int) -> None:
-    """Mark a folder as holding the small world of a seed. Raises StaleArtifact if it holds another one."""
-    ours = {"seed": seed, "renderer": file_sha256(sprites.__file__), "encoding": ENCODING}
-    mark = Path(folder) / WORLD
-    if not mark.exists():
-        write_json(mark, ours)
-        return
-    try:
-        theirs = dict(json.loads(mark.read_bytes()))
-    except (ValueError, TypeError) as failed:
-        raise CorruptArtifact(f"{mark} cannot be read: {failed}") from failed
-    if theirs != ours:
-        raise StaleArtifact(
-            f"{folder} holds the small world of seed {theirs.get('seed')}, or drawn by other code: "
-            "remove the folder, or choose another source.path"
-        )
+@dataclass(frozen=True)
+class World:
+    """A folder of the small world: its clips as mp4 files, or single frames of other scenes as pictures."""
 
+    folder: str
+    seed: int = 0
+    severity: float = 0.0
+    """How poor the clips are, in [0, 1], see `degrade`."""
+    images: bool = False
 
-def scene_seed(seed: int, number: int) -> int:
-    """Return the seed of a clip's scene."""
-    return seed * 2**32 + number
-
-
-def finished_clips(folder: str | Path, num_clips: int) -> set[int]:
-    """Return the numbers of the clips that are whole: the sidecar, written last, knows the video's size."""
-    done = set()
-    for number in range(num_clips):
-        video = Path(folder, f"clip_{number:06d}.mp4")
+    def open(self) -> None:
+        """Mark the folder as holding this world. Raises StaleArtifact if it holds another one."""
+        ours: dict[str, Any] = {"seed": self.seed, "renderer": file_sha256(sprites.__file__)}
+        ours |= {"images": "png"} if self.images else {"encoding": ENCODING}
+        if self.severity:
+            ours |= {"severity": self.severity, "degrading": file_sha256(degrading.__file__)}
+        mark = Path(self.folder) / WORLD
+        if not mark.exists():
+            write_json(mark, ours)
+            return
         try:
-            if json.loads(video.with_suffix(".json").read_bytes())["bytes"] == video.stat().st_size:
-                done.add(number)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return done
+            theirs = dict(json.loads(mark.read_bytes()))
+        except (ValueError, TypeError) as failed:
+            raise CorruptArtifact(f"{mark} cannot be read: {failed}") from failed
+        if theirs != ours:
+            held = f"seed {theirs.get('seed')}, severity {theirs.get('severity', 0)}"
+            raise StaleArtifact(
+                f"{self.folder} holds the small world of {held}, or drawn by other code: "
+                "remove the folder, or choose another source.path"
+            )
 
+    def scene(self, number: int) -> Scene:
+        """Return a scene by number; those of images are no clip's."""
+        return draw_scene(self.seed * 2**32 + number + (2**31 if self.images else 0))
 
-def draw_clips(folder: str | Path, numbers: Sequence[int], seed: int) -> None:
-    """Draw clips by number; captions that are held out are never drawn."""
-    for number in numbers:
-        scene = draw_scene(scene_seed(seed, number))
-        video = Path(folder, f"clip_{number:06d}.mp4")
-        beside = video.with_name(f".{video.stem}.{os.getpid()}.mp4")
-        try:
-            write_video(beside, render(scene), FPS)
-            size = beside.stat().st_size
-            os.replace(beside, video)
-        finally:
-            beside.unlink(missing_ok=True)
-        sidecar = {"caption": scene.attributes.caption(), "truth": scene.truth(), "bytes": size}
-        _write_sidecar(video.with_suffix(".json"), sidecar)
+    def path(self, number: int) -> Path:
+        """Return where a clip or image is."""
+        name = f"image_{number:06d}.png" if self.images else f"clip_{number:06d}.mp4"
+        return Path(self.folder, name)
+
+    def finished(self, count: int) -> set[int]:
+        """Return the numbers of what is whole: the sidecar, written last, knows the file's size."""
+        done = set()
+        for number in range(count):
+            path = self.path(number)
+            try:
+                if json.loads(path.with_suffix(".json").read_bytes())["bytes"] == path.stat().st_size:
+                    done.add(number)
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return done
+
+    def draw(self, numbers: Sequence[int]) -> None:
+        """Draw clips or images by number; captions that are held out are never drawn."""
+        for number in numbers:
+            scene, path = self.scene(number), self.path(number)
+            frames = degrade(render(scene), self.severity, number)
+            beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+            try:
+                if self.images:
+                    Image.fromarray(frames[number % len(frames)]).save(beside)
+                else:
+                    write_video(beside, frames, FPS)
+                size = beside.stat().st_size
+                os.replace(beside, path)
+            finally:
+                beside.unlink(missing_ok=True)
+            said = scene.attributes.image_caption() if self.images else scene.attributes.caption()
+            _write_sidecar(
+                path.with_suffix(".json"), {"caption": said, "truth": scene.truth(), "bytes": size}
+            )
 
 
 def _write_sidecar(path: Path, sidecar: dict[str, Any]) -> None:

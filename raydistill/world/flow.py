@@ -20,7 +20,7 @@ from raydistill.errors import MediaError, PrepareError
 from raydistill.flow import ours_unwrapped
 from raydistill.world.clips import FILTERED, Clip, Cut, cut_image, cut_video
 from raydistill.world.decoder import Decoder
-from raydistill.world.drawing import draw_clips, finished_clips, open_world
+from raydistill.world.drawing import World
 from raydistill.world.folder import Source
 from raydistill.world.inputs import Input, Shard, examine, require_unchanged
 from raydistill.world.media import Limits
@@ -61,37 +61,37 @@ class DecodeOptions:
     child: str = "raydistill.world.decode_child"
 
 
-def write_world(folder: str | Path, num_clips: int, seed: int, *, report: Callable[[int], None]) -> list[str]:
-    """Draw the small world's training clips as mp4 files with captions; return their names.
+def write_world(world: World, count: int, *, report: Callable[[int], None]) -> list[str]:
+    """Draw the small world's training clips, or images, as files with captions; return their names.
 
-    Clips that are there are kept, so a stopped run goes on. `report` gets the number of clips written so far.
+    Files that are there are kept, so a stopped run goes on. `report` gets the number of files written so far.
     Raises StaleArtifact if the folder holds another world.
     """
-    open_world(folder, seed)
-    missing = sorted(set(range(num_clips)) - finished_clips(folder, num_clips))
-    written = num_clips - len(missing)
+    world.open()
+    missing = sorted(set(range(count)) - world.finished(count))
+    written = count - len(missing)
     report(written)
     if missing:
         chunks = [missing[start : start + 100] for start in range(0, len(missing), 100)]
         items = [{"numbers": json.dumps(chunk)} for chunk in chunks]
         with _data_context():
             flow = ray.data.from_items(items, override_num_blocks=len(items)).map(
-                partial(_draw_chunk, folder=str(folder), seed=seed)
+                partial(_draw_chunk, world=world)
             )
             for row in ours_unwrapped(flow.iter_rows()):
                 written += row["written"]
                 report(written)
-    return [f"clip_{i:06d}.mp4" for i in range(num_clips)]
+    return [world.path(i).name for i in range(count)]
 
 
-def _draw_chunk(row: Mapping[str, Any], folder: str, seed: int) -> dict[str, int]:
+def _draw_chunk(row: Mapping[str, Any], world: World) -> dict[str, int]:
     """One block of the drawing flow."""
     numbers = json.loads(row["numbers"])
     try:
-        draw_clips(folder, numbers, seed)
+        world.draw(numbers)
     except OSError as failed:
         again = "nothing half-written counts; run the same command again when it can be written to"
-        raise PrepareError(f"{folder}: {failed.strerror}: {again}") from failed
+        raise PrepareError(f"{world.folder}: {failed.strerror}: {again}") from failed
     return {"written": len(numbers)}
 
 

@@ -16,7 +16,6 @@ SUFFIXES = {
 }
 """File names that count as input, by kind of source; case does not matter."""
 
-LANES = {"videos": "video", "images": "image"}
 CAPTION_KEYS = ("caption", "text")
 FILE_KEYS = ("file", "file_name", "path", "video", "image")
 CAPTION_SUFFIXES = (".json", ".txt")

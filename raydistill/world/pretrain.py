@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.optim import _muon
 
 from raydistill.config.pretrain import PretrainConfig
 from raydistill.models.codec import FrameCodec, build_tiny_codec, load_codec
@@ -20,6 +22,7 @@ from raydistill.models.protocols import VideoCodec
 from raydistill.models.text import WordVectors
 from raydistill.models.wan import WanField, build_tiny_teacher
 from raydistill.world import sprites
+from raydistill.world.degrade import degrade
 
 ATTRIBUTES = {
     "shape": sprites.SHAPES,
@@ -32,10 +35,17 @@ ATTRIBUTES = {
 Loss = Callable[[int], Tensor]
 
 
-def draw_clips(seed: int, count: int) -> tuple[Tensor, list[sprites.Attributes]]:
-    """Render `count` training clips: uint8 (n, 3, f, h, w) and their attributes."""
+def draw_clips(
+    seed: int, count: int, severities: Sequence[float] = (0.0,)
+) -> tuple[Tensor, list[sprites.Attributes]]:
+    """Render `count` training clips, of the severities in turn: uint8 (n, 3, f, h, w), and attributes."""
     scenes = [sprites.draw_scene(seed * 1_000_003 + i) for i in range(count)]
-    clips = np.stack([sprites.render(scene) for scene in scenes])
+    clips = np.stack(
+        [
+            degrade(sprites.render(scene), severities[i % len(severities)], seed * 1_000_003 + i)
+            for i, scene in enumerate(scenes)
+        ]
+    )
     return torch.from_numpy(rearrange(clips, "n f h w c -> n c f h w").copy()), [s.attributes for s in scenes]
 
 
@@ -48,7 +58,7 @@ def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> N
     """Train `config.part` and write <output>/<part>/; an interrupted run goes on from its last snapshot."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    clips, attributes = draw_clips(config.seed, config.num_clips)
+    clips, attributes = draw_clips(config.seed, config.num_clips, config.severities)
     report(f"{len(clips)} clips drawn")
     output = Path(config.output)
     if config.part == "codec":
@@ -170,6 +180,31 @@ def _optimisers(config: PretrainConfig, net: nn.Module) -> list[torch.optim.Opti
     return optimisers
 
 
+def _orthogonalised(
+    gradient: Tensor, coefficients: tuple[float, float, float], num_rounds: int, eps: float
+) -> Tensor:
+    """Newton-Schulz iteration towards U V^T of a matrix (Jordan et al., "Muon", 2024), in its own dtype."""
+    a, b, c = coefficients
+    tall = gradient.shape[0] > gradient.shape[1]
+    x = gradient.T if tall else gradient
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(num_rounds):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+@contextmanager
+def _muon_in_float32() -> Generator[None, None, None]:
+    """Let torch's Muon keep float32: on CPUs without bfloat16 units its products take many times as long."""
+    theirs = _muon._zeropower_via_newtonschulz
+    _muon._zeropower_via_newtonschulz = _orthogonalised
+    try:
+        yield
+    finally:
+        _muon._zeropower_via_newtonschulz = theirs
+
+
 def _rate(step: int, num_steps: int) -> float:
     """Linear warm-up over 100 steps, constant, linear to zero in the second half."""
     return min(1.0, (step + 1) / 100, 2 * (num_steps - step) / num_steps)
@@ -197,9 +232,10 @@ def _fit(
             raise FloatingPointError(f"{config.part}: loss is {value.item()} at step {step}")
         value.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
+        with _muon_in_float32():
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
         decay = min(config.average_decay, (step + 1) / (step + 10))
         for name, value_now in net.state_dict().items():
             average[name].lerp_(value_now, 1 - decay)

@@ -37,6 +37,10 @@ class Attributes:
         moves = f"moves {self.speed} {self.direction}"
         return f"a {self.colour} {self.shape} {moves} over a {self.background} background"
 
+    def image_caption(self) -> str:
+        """Return what a single frame shows, e.g. 'a red square over a striped background'."""
+        return f"a {self.colour} {self.shape} over a {self.background} background"
+
     @classmethod
     def parse(cls, caption: str) -> "Attributes":
         """Inverse of `caption`; raises ValueError on any other sentence."""

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from raydistill.config.distill import ObjectiveConfig
+from raydistill.config.stages import ObjectiveConfig
 from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
 from raydistill.consistency.solver import guided
 from raydistill.experts.detail import CriticInputs, Judges, critic_losses, detail_losses

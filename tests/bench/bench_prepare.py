@@ -23,7 +23,7 @@ from raydistill.latents.shards import finished_shard
 from raydistill.models.codec import build_tiny_codec
 from raydistill.world.clips import Cut, cut_video
 from raydistill.world.decoder import Decoder
-from raydistill.world.drawing import draw_clips
+from raydistill.world.drawing import World
 from raydistill.world.flow import DecodeOptions, decode_shards
 from raydistill.world.folder import list_sources
 from raydistill.world.inputs import deal, examine
@@ -96,7 +96,7 @@ def main(num_clips: int = 384, codec: str = "") -> None:
     with tempfile.TemporaryDirectory() as place:
         world = Path(place, "world")
         world.mkdir()
-        draw_clips(world, range(num_clips), seed=0)
+        World(str(world)).draw(range(num_clips))
         paths = sorted(str(path) for path in world.glob("*.mp4"))
         folder = Path(codec or Path(place, "codec"))
         if not codec:

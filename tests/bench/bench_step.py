@@ -22,7 +22,8 @@ import distill  # noqa: E402
 import ray  # noqa: E402
 
 from raydistill.artifacts import LatentStore  # noqa: E402
-from raydistill.config.distill import DistillConfig, ScaleConfig, StageConfig, TrackingConfig  # noqa: E402
+from raydistill.config.distill import DistillConfig, ScaleConfig, TrackingConfig  # noqa: E402
+from raydistill.config.stages import StageConfig  # noqa: E402
 from raydistill.consistency.average import moving_average_  # noqa: E402
 from raydistill.experts.launch import cluster  # noqa: E402
 from raydistill.experts.progress import read_metrics  # noqa: E402

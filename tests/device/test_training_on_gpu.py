@@ -16,9 +16,8 @@ CASE = """
 import sys
 from dataclasses import replace
 import torch
-from raydistill.config.distill import (
-    DetailConfig, DistillConfig, EngineConfig, OptimizerConfig, ScaleConfig, StageConfig,
-)
+from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
+from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
 from raydistill.experts.loop import distill
 from raydistill.experts.stages import build_stage
 from raydistill.models.wan import build_tiny_teacher

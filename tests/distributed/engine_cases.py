@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raydistill.config.distill import EngineConfig, OptimizerConfig
+from raydistill.config.distill import EngineConfig
+from raydistill.config.stages import OptimizerConfig
 from raydistill.experts.engine import Engine, build_engine, load_deepspeed
 
 NUM_STEPS, BATCH = 6, 8

@@ -8,14 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raydistill.config.distill import (
-    DetailConfig,
-    DistillConfig,
-    EngineConfig,
-    OptimizerConfig,
-    ScaleConfig,
-    StageConfig,
-)
+from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
+from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
 from raydistill.errors import DistillError
 from raydistill.experts.engine import load_deepspeed
 from raydistill.experts.loop import distill

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from raydistill.artifacts import Manifest
-from raydistill.config.distill import EngineConfig, OptimizerConfig
+from raydistill.config.distill import EngineConfig
+from raydistill.config.stages import OptimizerConfig
 from raydistill.errors import DistillError, IncompatibleCheckpoint
 from raydistill.experts import checkpoint
 from raydistill.experts.checkpoint import TrainState, newest_verified

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raydistill.config.distill import ObjectiveConfig
+from raydistill.config.stages import ObjectiveConfig
 from raydistill.consistency.phases import Phases
 from raydistill.consistency.schedule import DCM_GRID, SAME_TIME, RectifiedFlow, TimeGrid
 from raydistill.errors import NonFiniteLoss

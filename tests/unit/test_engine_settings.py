@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from raydistill.config.distill import (
-    CriticConfig,
-    DetailConfig,
-    DistillConfig,
-    EngineConfig,
-    GridConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ScaleConfig,
-    StageConfig,
-)
+from raydistill.config.distill import DistillConfig, EngineConfig, GridConfig, ScaleConfig
+from raydistill.config.stages import CriticConfig, DetailConfig, ObjectiveConfig, OptimizerConfig, StageConfig
 from raydistill.errors import IncompatibleCheckpoint, InvalidValue
 from raydistill.experts.engine import build_engine, deepspeed_config
 from raydistill.experts.parts import Parts

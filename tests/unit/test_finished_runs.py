@@ -11,16 +11,8 @@ import ray
 from test_checkpoint_torn import advance, asked_for, roles, save
 
 from raydistill.artifacts import Manifest
-from raydistill.config.distill import (
-    DetailConfig,
-    DistillConfig,
-    EngineConfig,
-    GridConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ScaleConfig,
-    StageConfig,
-)
+from raydistill.config.distill import DistillConfig, EngineConfig, GridConfig, ScaleConfig
+from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, StageConfig
 from raydistill.errors import IncompatibleCheckpoint, InvalidValue
 from raydistill.experts.launch import launch
 from raydistill.experts.stages import build_segment

@@ -7,15 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from raydistill.config.distill import (
-    DetailConfig,
-    DistillConfig,
-    EngineConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ScaleConfig,
-    StageConfig,
-)
+from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
+from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, StageConfig
 from raydistill.errors import NonFiniteLoss
 from raydistill.experts.loop import distill, require_finite_gradient
 from raydistill.experts.stages import build_stage

@@ -12,7 +12,7 @@ from raydistill.errors import StaleArtifact
 from raydistill.latents.encode import Encoder, frames_to_tensor
 from raydistill.models.codec import build_tiny_codec, load_codec
 from raydistill.models.text import WordVectors
-from raydistill.world.drawing import draw_clips, finished_clips, open_world, scene_seed
+from raydistill.world.drawing import World
 from raydistill.world.sprites import Attributes, draw_scene, held_out, render
 
 
@@ -52,9 +52,9 @@ def test_half_precision(codec):
 
 
 def test_the_world_on_disk_is_the_world_drawn(tmp_path):
-    draw_clips(tmp_path, range(6), seed=3)
+    World(str(tmp_path), 3).draw(range(6))
     for number in range(6):
-        scene = draw_scene(scene_seed(3, number))
+        scene = World(str(tmp_path), 3).scene(number)
         video = tmp_path / f"clip_{number:06d}.mp4"
         with av.open(str(video)) as container:
             frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
@@ -70,8 +70,8 @@ def test_the_world_on_disk_is_the_world_drawn(tmp_path):
 def test_drawing_again_gives_the_same_bytes(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    draw_clips(tmp_path / "a", [0, 1], seed=0)
-    draw_clips(tmp_path / "b", [1, 0], seed=0)
+    World(str(tmp_path / "a")).draw([0, 1])
+    World(str(tmp_path / "b")).draw([1, 0])
     contents = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab"]
     assert contents[0] == contents[1]
     assert len(contents[0]) == 4
@@ -84,21 +84,21 @@ def test_a_clip_has_the_same_bytes_however_often_it_is_drawn(tmp_path):
     seen = set()
     for _ in range(120):
         _kept = [rng.bytes(int(size)) for size in rng.integers(100, 20_000, 20)]
-        draw_clips(tmp_path, clips, seed=0)
+        World(str(tmp_path)).draw(clips)
         seen |= {file_sha256(tmp_path / f"clip_{number:06d}.mp4") for number in clips}
     assert len(seen) == len(clips)
 
 
 def test_only_whole_clips_count_as_drawn(tmp_path):
-    draw_clips(tmp_path, range(4), seed=0)
+    World(str(tmp_path)).draw(range(4))
     (tmp_path / "clip_000000.mp4").write_bytes(b"torn")
     (tmp_path / "clip_000001.json").unlink()
     (tmp_path / "clip_000002.json").write_text("{")
-    assert finished_clips(tmp_path, 5) == {3}
+    assert World(str(tmp_path)).finished(5) == {3}
 
 
 def test_a_folder_holds_one_world(tmp_path):
-    open_world(tmp_path, 0)
-    open_world(tmp_path, 0)
+    World(str(tmp_path), 0).open()
+    World(str(tmp_path), 0).open()
     with pytest.raises(StaleArtifact, match="seed 0"):
-        open_world(tmp_path, 1)
+        World(str(tmp_path), 1).open()

@@ -6,15 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raydistill.config.distill import (
-    DetailConfig,
-    DistillConfig,
-    EngineConfig,
-    OptimizerConfig,
-    ScaleConfig,
-    StageConfig,
-    TargetConfig,
-)
+from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig, TargetConfig
+from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.errors import InvalidValue
 from raydistill.experts.analyse import analyse, propose_boundary

@@ -1,0 +1,123 @@
+"""Networks beside the student: the token critic, the image critic, the learned motion representation."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydistill.config.distill import DistillConfig
+from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
+from raydistill.errors import InvalidValue
+from raydistill.experts.appearance import FrameJudge
+from raydistill.experts.averages import SlowCopy
+from raydistill.experts.detail import Judges, critic_losses, detail_look
+from raydistill.experts.engine import Engine, build_engine
+from raydistill.experts.motion import LearnedMotion
+from raydistill.experts.semantic import Look, Losses, Segment
+from raydistill.models.codec import load_codec
+from raydistill.models.critic import TokenCritic
+from raydistill.models.frame_critic import FrameCritic
+from raydistill.models.frame_features import load_frame_features
+from raydistill.models.motion_head import build_motion_head
+from raydistill.models.teacher import Teacher
+from raydistill.models.wan import WanField
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Looks at every guess of the student, and may learn from it in a turn of its own."""
+
+    look: Look
+    turn: Callable[[Any], Losses] | None = None
+    """Loss of its own turn, from what the look kept; None where nothing is trained."""
+    engine: Engine | None = None
+    slow: SlowCopy | None = None
+    """Moving average of what the engine trains."""
+
+
+def build_companions(
+    config: DistillConfig,
+    name: str,
+    segment: Segment,
+    teacher: Teacher,
+    latents: Tensor,
+    caption_means: tuple[Tensor, Tensor] | None,
+) -> dict[str, Companion]:
+    """Build those whose terms have a weight in the stage's objective."""
+    stage = config.stage(name)
+    objective, companions = stage.objective, dict[str, Companion]()
+    if isinstance(stage, DetailConfig) and (objective.adversarial or objective.feature_matching):
+        companions["critic"] = _token_critic(config, stage, segment, teacher, latents)
+    if objective.motion and objective.representation in ("learned", "learned_conv"):
+        companions["motion_head"] = _motion_head(config, stage, latents)
+    if objective.appearance:
+        if caption_means is None:
+            raise InvalidValue("images", config.images, "an artifact of images for the image critic")
+        companions["image_critic"] = _image_critic(config, stage, segment.seed, caption_means, latents)
+    return companions
+
+
+def _engine(
+    config: DistillConfig, stage: StageConfig, module: nn.Module, optimizer: OptimizerConfig, *, exact: bool
+) -> Engine:
+    """Take a companion into an engine; `exact` ones compute in float32 whatever the student does."""
+    how = replace(config.engine, precision="fp32") if exact else config.engine
+    rounds = stage.accumulation(config.scale.num_workers)
+    return build_engine(module, how, optimizer, num_steps=stage.num_steps, accumulation=rounds)
+
+
+def _token_critic(
+    config: DistillConfig, stage: DetailConfig, segment: Segment, teacher: Teacher, latents: Tensor
+) -> Companion:
+    """DCM's critic on the teacher's hidden maps; feature matching alone needs no critic."""
+    if not isinstance(teacher, WanField):
+        weight = stage.objective.adversarial or stage.objective.feature_matching
+        raise InvalidValue(
+            "detail.objective.adversarial", weight, "0 with a U-Net: it looks at a transformer"
+        )
+    blocks = range(0, teacher.num_blocks, stage.critic.stride)
+    grid = teacher.token_grid(latents)
+    if not stage.objective.adversarial:
+        judges = Judges(teacher, None, blocks, grid, stage.critic.real)
+        return Companion(detail_look(judges, segment, stage.objective))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        dim = teacher.transformer.proj_out.in_features
+        critic = TokenCritic(len(blocks), dim, stage.critic.channels).to(latents.device)
+    engine = _engine(config, stage, critic, stage.critic.optimizer, exact=False)
+    judges = Judges(teacher, critic, blocks, grid, stage.critic.real)
+    turn = lambda seen: critic_losses(critic, seen, grid)  # noqa: E731
+    return Companion(detail_look(judges, segment, stage.objective), turn, engine)
+
+
+def _motion_head(config: DistillConfig, stage: StageConfig, latents: Tensor) -> Companion:
+    """MCM's learned representation, optimized as the student is."""
+    kind = stage.objective.representation
+    head = build_motion_head(kind, latents.shape[1], config.seed).to(latents.device)
+    slow = copy.deepcopy(head).requires_grad_(False)
+    average = SlowCopy({n: p.data for n, p in slow.named_parameters()}, stage.head_decay, slow)
+    engine = _engine(config, stage, head, stage.optimizer, exact=True)
+    motion = LearnedMotion(head, slow, stage.objective)
+    return Companion(motion.look, motion.turn, engine, average)
+
+
+def _image_critic(
+    config: DistillConfig,
+    stage: StageConfig,
+    seed: int,
+    caption_means: tuple[Tensor, Tensor],
+    latents: Tensor,
+) -> Companion:
+    """MCM's discriminator of frames."""
+    how, device = stage.appearance, latents.device
+    features = load_frame_features(how.features).to(device)
+    codec = load_codec(config.codec).to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        critic = FrameCritic(features.widths, len(caption_means[0]), how.channels).to(device)
+    engine = _engine(config, stage, critic, how.optimizer, exact=True)
+    judge = FrameJudge(critic, codec, features, how, stage.objective.appearance, seed, caption_means)
+    return Companion(judge.look, judge.turn, engine)
