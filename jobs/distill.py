@@ -28,11 +28,12 @@ from raydistill.experts.tracking import require_installed
 from raydistill.experts.worker import SETTINGS, Run, load_result, settings_of, train
 from raydistill.models.frame_critic import pool_text
 from raydistill.models.frame_features import load_frame_features
-from raydistill.models.teacher import load_schedule, load_teacher, require_fit, schedule_to_dict
+from raydistill.models.teacher import load_schedule, load_teacher, read_schedule, require_fit
 from raydistill.sampler import SamplingPlan, build_plan, plan_lcm, plan_times, with_tail
 from raydistill.student import Card, save_student
 from raydistill.trajectories.flow import feed, iter_batches
 from raydistill.trajectories.lanes import Intervals, Lanes, Rows, build_lanes
+from raydistill.trajectories.record.recorder import asked_of_paths
 from raydistill.trajectories.store import TrajectoryStore
 
 CAPTIONS_READ = 512
@@ -181,7 +182,7 @@ def export(config: DistillConfig, stores: Stores, digests: dict, first: Path, se
         grid=segment.grid,
         guidance_scale=config.guidance_scale,
         guidance_range=segment.guidance,
-        schedule=schedule_to_dict(load_schedule(config.teacher)),
+        schedule=read_schedule(config.teacher),
         latent_shape=row.latents.shape,
         text_shape=row.text.shape,
         lora=(lora.lora_rank, lora.lora_alpha) if lora else None,
@@ -216,7 +217,7 @@ def check(config: DistillConfig, stores: Stores, *, analyse: bool = False) -> di
     if stores.images is not None:
         digests |= require_images(config, stores.images, codec, row)
     if stores.recorded is not None:
-        require_recorded(config, stores.recorded, digests["teacher"])
+        require_recorded(config, stores.recorded, stores.video)
     return digests
 
 
@@ -231,7 +232,7 @@ def require_images(config: DistillConfig, images: LatentStore, codec: str, clip:
     shapes = [(one.latents.shape[0], one.latents.shape[2:], one.text.shape) for one in (row, clip)]
     if shapes[0] != shapes[1]:
         raise StaleArtifact(
-            f"{config.images} and {config.data} differ in channels, size or text, {shapes[0]} and {shapes[1]}: "
+            f"{config.images} and {config.data} differ in channels, size or text: {shapes[0]}, {shapes[1]}: "
             "prepare both with the same height, width and encode settings"
         )
     digests = {}
@@ -243,13 +244,14 @@ def require_images(config: DistillConfig, images: LatentStore, codec: str, clip:
     return digests
 
 
-def require_recorded(config: DistillConfig, recorded: TrajectoryStore, teacher: str) -> None:
+def require_recorded(config: DistillConfig, recorded: TrajectoryStore, clips: LatentStore) -> None:
     """Recorded paths must be of this run's teacher, guidance and grid."""
     scale = config.guidance_scale
     low, high = config.guidance_range or (scale, scale)
-    recorded.require_teacher(
-        teacher, guidance=(low, high), grid=build_segment(config, config.stages[0]).grid, solver="euler"
-    )
+    recorded.require_run(asked_of_paths(config.teacher, (low, high), config.grid))
+    row, path = clips.row(0), recorded.row(0)
+    if (row.latents.shape, row.text.shape) != (path.latents.shape, path.text.shape):
+        raise StaleArtifact(f"{recorded.folder} holds paths of other sizes than {clips.folder}: record again")
 
 
 def require_frames(config: DistillConfig, name: str, frames: int) -> None:

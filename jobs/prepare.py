@@ -23,16 +23,11 @@ from raydistill.flow import connect
 from raydistill.latents.encode import NORMALISATION, models_identity, require_codec
 from raydistill.latents.flow import EncodeOptions, encode_shards
 from raydistill.latents.progress import meter
-from raydistill.latents.shards import (
-    adopt_shard,
-    finished_shard,
-    point_to,
-    write_artifact,
-    write_left_out,
-    write_quarantine,
-)
+from raydistill.latents.shards import adopt_shard, finished_shard, write_left_out, write_quarantine
 from raydistill.latents.tally import Tally
 from raydistill.models.text import WordVectors
+from raydistill.shards import point_to, write_artifact
+from raydistill.trajectories.record.flow import record_trajectories
 from raydistill.world.clips import FILTERED, Cut, decoder_versions
 from raydistill.world.drawing import World
 from raydistill.world.flow import DecodeOptions, decode_shards, index, write_world
@@ -266,10 +261,25 @@ def prepare(config: PrepareConfig) -> Path:
     return folder
 
 
+def record(config: PrepareConfig) -> Path:
+    """Record a teacher's paths for the captions of prepared latents; return the artifact's folder."""
+    with (
+        connect(config.cluster.num_cpus, config.cluster.object_store_mib),
+        disk_full_explained(Path(config.output)),
+        meter("recording", config.record.num_paths) as progress,
+    ):
+        folder = record_trajectories(
+            config.record, config.source.path, config.output, report=lambda paths: progress.show(paths)
+        )
+    dump(config, folder / "config.yaml")
+    print(f"trajectories: {folder}")
+    return folder
+
+
 def main() -> None:
     """Read the settings and run."""
     config, _ = from_command_line(PrepareConfig, sys.argv[1:])
-    prepare(config)
+    (record if config.source.kind == "trajectories" else prepare)(config)
 
 
 if __name__ == "__main__":

@@ -214,11 +214,13 @@ class LatentStore:
     Raises MissingArtifact, CorruptArtifact, StaleArtifact.
     """
 
+    kind, pointer = "latents", LATENTS_POINTER
+
     def __init__(self, path: str | Path, expect: Mapping[str, Any] | None = None):
-        self.folder = resolve_pointer(path, LATENTS_POINTER)
+        self.folder = resolve_pointer(path, self.pointer)
         self.manifest = Manifest.read(self.folder)
-        if self.manifest.kind != "latents":
-            raise StaleArtifact(f"{self.folder} holds {self.manifest.kind}, not latents")
+        if self.manifest.kind != self.kind:
+            raise StaleArtifact(f"{self.folder} holds {self.manifest.kind}, not {self.kind}")
         require_identity(self.manifest.identity, expect or {}, self.folder)
         self.manifest.verify(self.folder, contents=False)
         self._names = sorted(self.manifest.files, key=lambda name: self.manifest.files[name]["order"])
@@ -227,7 +229,7 @@ class LatentStore:
 
     def __reduce__(self):
         """Pickle as the path alone: handles belong to one process."""
-        return LatentStore, (str(self.folder),)
+        return type(self), (str(self.folder),)
 
     def __len__(self) -> int:
         """Return the number of rows."""

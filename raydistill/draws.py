@@ -6,24 +6,22 @@ per sample is cheap and streams of different keys are independent. What it retur
 reproducibility contract and is pinned by golden values in the tests: changing it changes every run.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raydistill import keyed
 from raydistill.types import Indices
 
 
 def _generators(seed: int, indices: Indices | Sequence[int], purpose: str) -> list[np.random.Generator]:
-    """One Philox stream per sample: key = (hash of seed and purpose, index)."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    key = int.from_bytes(digest[:8], "little")
-    listed = indices.tolist() if isinstance(indices, Tensor) else indices
-    return [
-        np.random.Generator(np.random.Philox(key=np.array([key, index], dtype=np.uint64))) for index in listed
-    ]
+    return keyed.generators(seed, _listed(indices), purpose)
+
+
+def _listed(indices: Indices | Sequence[int]) -> Sequence[int]:
+    return indices.tolist() if isinstance(indices, Tensor) else indices
 
 
 def noise(seed: int, indices: Indices | Sequence[int], purpose: str, shape: Sequence[int]) -> Tensor:
@@ -36,12 +34,12 @@ def noise(seed: int, indices: Indices | Sequence[int], purpose: str, shape: Sequ
     return torch.from_numpy(np.stack(drawn)) if drawn else torch.empty((0, *shape))
 
 
-def uniform(seed: int, indices: Indices | Sequence[int], purpose: str) -> Tensor:
-    """Uniform numbers in [0, 1), float64 (b,)."""
-    return torch.tensor([g.random() for g in _generators(seed, indices, purpose)], dtype=torch.float64)
+def uniform(seed: int, indices: Indices | Sequence[int], purpose: str, shape: Sequence[int] = ()) -> Tensor:
+    """Uniform numbers in [0, 1), float64 (b, *shape)."""
+    drawn = [g.random(tuple(shape)) for g in _generators(seed, indices, purpose)]
+    return torch.from_numpy(np.array(drawn, dtype=np.float64).reshape(len(drawn), *shape))
 
 
 def integers(seed: int, indices: Indices | Sequence[int], purpose: str, high: int) -> Tensor:
     """Integers in [0, high), int64 (b,). Raises ValueError unless high >= 1."""
-    drawn = [int(g.integers(high)) for g in _generators(seed, indices, purpose)]
-    return torch.tensor(drawn, dtype=torch.int64)
+    return torch.tensor(keyed.integers(seed, _listed(indices), purpose, high), dtype=torch.int64)

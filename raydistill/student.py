@@ -9,23 +9,26 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from raydistill.artifacts import fingerprint, tree_digest, tree_files, write_json
-from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
+from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, TimeGrid
 from raydistill.consistency.solver import guided
 from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact, UnknownKey
 from raydistill.models.expert import add_detail, load_own_state, merge_lora, own_state
+from raydistill.models.lora import load_lora, merge, save_lora
 from raydistill.models.protocols import VelocityField
-from raydistill.models.wan import WanField, load_teacher
+from raydistill.models.teacher import Teacher, load_teacher, schedule_from_dict
+from raydistill.models.text import null_text
+from raydistill.models.wan import WanField
 from raydistill.sampler import SamplingPlan
 
 VERSION = 1
 CARD = "student.json"
-Kind = Literal["dual", "single", "dual_full"]
+Kind = Literal["dual", "single", "dual_full", "motion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,15 @@ class Card:
     grid: TimeGrid
     guidance_scale: float
     """Guidance of the teacher it was distilled from; also that of a teacher's tail."""
+    guidance_range: tuple[float, float] | None = None
+    """Lowest and highest guidance, where every sample had its own."""
+    schedule: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The teacher's noise schedule in diffusers' words; empty: rectified flow."""
     latent_shape: tuple[int, int, int, int]
     """Channels, frames, height, width it was trained on."""
     text_shape: tuple[int, int]
     lora: tuple[int, float] | None = None
-    """Rank and alpha of the detail expert's low-rank branch."""
+    """Rank and alpha of the detail expert's low-rank branch, or of a motion student's."""
     sources: Mapping[str, Any] = field(default_factory=dict)
     """Digests of teacher, codec and latents, and the seed."""
 
@@ -56,7 +63,7 @@ class Student:
     """'semantic', 'detail', and 'teacher' (guided) when one was given."""
     plans: Mapping[str, SamplingPlan]
     """As stored, by name: '4' is four steps of the student, '2+tail' two and the teacher for the rest."""
-    schedule: RectifiedFlow = field(default_factory=RectifiedFlow)
+    schedule: Schedule = RECTIFIED_FLOW
 
     def plan(self, name: int | str) -> SamplingPlan:
         """Return a stored plan by number of steps or name, `plan(4)` or `plan("2+tail")`.
@@ -74,27 +81,31 @@ class Student:
 
     @property
     def kind(self) -> str:
-        """'dual', 'single' or 'dual_full'."""
+        """'dual', 'single', 'dual_full' or 'motion'."""
         return self.card.kind
 
 
 def save_student(
     folder: Path,
     card: Card,
-    semantic: WanField,
-    detail: WanField | None,
+    first: Teacher,
+    detail: Teacher | None,
     plans: Mapping[str, SamplingPlan] | Mapping[int, SamplingPlan],
 ) -> None:
-    """Write a student and its plans, by name or number of steps.
+    """Write a student and its plans, by name or number of steps; `first` is its only or semantic expert.
 
     The card comes last, so that a folder without one is never taken for whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
-    semantic.transformer.save_pretrained(folder / "semantic", safe_serialization=True)
+    if card.kind == "motion":
+        rank, alpha = _lora(card)
+        save_lora(first, folder, rank, alpha)
+    else:
+        first.network.save_pretrained(folder / "semantic", safe_serialization=True)
     if detail is not None and card.kind == "dual_full":
-        detail.transformer.save_pretrained(folder / "detail", safe_serialization=True)
-    elif detail is not None:
+        detail.network.save_pretrained(folder / "detail", safe_serialization=True)
+    elif isinstance(detail, WanField):
         save_file({k: v.contiguous() for k, v in own_state(detail).items()}, folder / "detail.safetensors")
     values = {
         "version": VERSION,
@@ -123,6 +134,8 @@ def read_card(folder: Path) -> tuple[Card, dict[str, SamplingPlan]]:
         for name in ("latent_shape", "text_shape"):
             values[name] = tuple(values[name])
         values["lora"] = tuple(values["lora"]) if values["lora"] else None
+        drawn = values.get("guidance_range")
+        values["guidance_range"] = tuple(drawn) if drawn else None
         values["grid"] = TimeGrid(**values["grid"])
         return Card(**values), plans
     except (TypeError, KeyError, AttributeError, UnknownKey) as other:
@@ -162,21 +175,43 @@ def load_student(
     """
     folder = Path(path)
     card, plans = read_card(folder)
-    semantic = load_teacher(folder / "semantic").requires_grad_(False)
-    experts = {"semantic": semantic}
-    if card.kind == "dual_full":
-        experts["detail"] = load_teacher(folder / "detail").requires_grad_(False)
-    elif card.lora is not None:
-        detail = add_detail(semantic, int(card.lora[0]), float(card.lora[1]), seed=0)
-        load_own_state(detail, load_file(folder / "detail.safetensors"))
-        detail = detail.requires_grad_(False).eval()
-        experts["detail"] = merge_lora(detail) if merged else detail
-    # Not before: files and new layers come on the CPU.
-    fields: dict[str, VelocityField] = {name: expert.to(device) for name, expert in experts.items()}
+    network = None
     if teacher is not None:
         found = tree_digest(teacher)
         if card.sources.get("teacher") not in (None, found):
             raise StaleArtifact(f"{folder} was distilled from another teacher than {teacher}")
-        network = load_teacher(teacher).requires_grad_(False).to(device)
-        fields["teacher"] = guided(network, torch.zeros(card.text_shape), card.guidance_scale)
-    return Student(card, fields, plans)
+        network = load_teacher(teacher).requires_grad_(False)
+    experts = _experts(folder, card, network, merged=merged)
+    # Not before: files and new layers come on the CPU.
+    fields: dict[str, VelocityField] = {name: expert.to(device) for name, expert in experts.items()}
+    if network is not None:
+        null = null_text(torch.empty(1, *card.text_shape))
+        fields["teacher"] = guided(network.to(device), null, card.guidance_scale)
+    return Student(card, fields, plans, schedule_from_dict(card.schedule))
+
+
+def _experts(folder: Path, card: Card, teacher: Teacher | None, *, merged: bool) -> dict[str, Teacher]:
+    """Load a student's networks by name; a motion student is a LoRA on its teacher."""
+    if card.kind == "motion":
+        if teacher is None:
+            raise MissingArtifact(
+                f"{folder} is a LoRA on its teacher: load_student(folder, teacher=its folder)"
+            )
+        lora = load_lora(teacher, folder, *_lora(card))
+        return {"semantic": merge(lora) if merged else lora}
+    semantic = load_teacher(folder / "semantic").requires_grad_(False)
+    if card.kind == "dual_full":
+        return {"semantic": semantic, "detail": load_teacher(folder / "detail").requires_grad_(False)}
+    if card.lora is None:
+        return {"semantic": semantic}
+    detail = add_detail(cast(WanField, semantic), *_lora(card), seed=0)
+    load_own_state(detail, load_file(folder / "detail.safetensors"))
+    detail = detail.requires_grad_(False).eval()
+    return {"semantic": semantic, "detail": merge_lora(detail) if merged else detail}
+
+
+def _lora(card: Card) -> tuple[int, float]:
+    """Rank and alpha. Raises StaleArtifact for a card without."""
+    if card.lora is None:
+        raise StaleArtifact(f"a student of kind '{card.kind}' without rank and alpha: distil again")
+    return int(card.lora[0]), float(card.lora[1])

@@ -15,6 +15,10 @@ Papers are cited by these keys:
 * PCM   phased consistency models, Wang et al., arXiv 2405.18407
 * MCM   motion consistency model, Zhai et al., arXiv 2406.06890
 * DCM   dual-expert consistency model, Lv et al., arXiv 2506.03123
+* FreeInit     low-pass of video noise, Wu et al., arXiv 2312.07537
+* GMFlow       correlation of frames, Xu et al., arXiv 2111.13680
+* DiffAugment  differentiable augmentation, Zhao et al., arXiv 2006.10738
+* WGAN-GP      gradient penalty, Gulrajani et al., arXiv 1704.00028
 * GG    geometric GAN (hinge), Lim and Ye, arXiv 1705.02894
 
 Conventions are fixed in `schedule`; every tensor of latents is "b c f h w", every tensor of times is (b,).

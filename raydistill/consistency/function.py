@@ -1,5 +1,7 @@
 """The consistency function f(x_t, t -> s): where the straight line of one prediction leads."""
 
+import torch
+
 from raydistill.consistency.schedule import Schedule, over
 from raydistill.types import Latents, Times
 
@@ -12,6 +14,16 @@ def move(schedule: Schedule, x0: Latents, noise: Latents, x_t: Latents, t: Times
     """
     data = over(schedule.alpha(s) - schedule.alpha(t), x_t)
     return x_t + data * x0 + over(schedule.sigma(s) - schedule.sigma(t), x_t) * noise
+
+
+def reach(schedule: Schedule, t: Times, s: Times) -> Times:
+    """How far a unit of the network's prediction moves f(x_t, t -> s), per sample, float64 (b,).
+
+    t - s on rectified flow; alpha_s sigma_t / alpha_t - sigma_s where noise is predicted.
+    """
+    t, s = t.double(), s.double()
+    one = torch.ones(len(t), 1, 1, 1, 1, dtype=torch.float64, device=t.device)
+    return jump(schedule, one, torch.zeros_like(one), t, s).flatten().abs()
 
 
 def jump(schedule: Schedule, prediction: Latents, x_t: Latents, t: Times, s: Times) -> Latents:

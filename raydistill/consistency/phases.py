@@ -99,6 +99,23 @@ def split_evenly(upper: float, lower: float, num_steps: int, grid: TimeGrid) -> 
     return tuple(times[k] for k in nodes)
 
 
+def lcm_times(num_steps: int, upper: float, lower: float, grid: TimeGrid) -> tuple[float, ...]:
+    """Give LCM's inference times, floor(j N / n) intervals below `upper`, and `lower` (LCM's code; MCM).
+
+    On 50 intervals and 1000 timesteps, 4 steps start at timesteps 999, 759, 499 and 259.
+    Raises SamplingError unless 1 <= num_steps <= intervals between; InvalidValue if an end is no node of the
+    grid.
+    """
+    inside = grid.intervals_in(upper, lower)
+    if not 1 <= num_steps <= len(inside):
+        raise SamplingError(
+            f"{num_steps} steps from {upper:.6g} to {lower:.6g}: the grid has {len(inside)} intervals"
+        )
+    times = grid.nodes
+    starts = [times[inside.start + j * len(inside) // num_steps] for j in range(num_steps)]
+    return (*starts, times[inside.stop])
+
+
 def _round_half_down(a: int, b: int) -> int:
     """Nearest integer to a / b, the lower one when in the middle."""
     return -((b - 2 * a) // (2 * b))

@@ -74,7 +74,8 @@ class RectifiedFlow:
 class VariancePreserving:
     """alpha(t)^2 + sigma(t)^2 = 1, from a table of alphas_cumprod (DDPM, eq. 4; MCM's teachers).
 
-    Timestep k of the table is t = (k + 1) / length, and t = 0 is clean data; between entries alpha^2 is
+    Timestep k of the table is t = (k + 1) / length, and t = 0 is clean data; at t = 1 alpha is still above 0.
+    Between entries alpha^2 is
     linear. `prediction` is what the network gives: the noise ("epsilon") or alpha noise - sigma x0
     ("v"; PD, app. D).
     """
@@ -101,6 +102,17 @@ class VariancePreserving:
     ) -> "VariancePreserving":
         """Betas linear in their square root, the latent-diffusion default."""
         betas = torch.linspace(first**0.5, last**0.5, length, dtype=torch.float64) ** 2
+        return VariancePreserving(tuple(float(x) for x in (1 - betas).cumprod(0)), prediction)
+
+    @staticmethod
+    def linear(
+        first: float = 0.00085,
+        last: float = 0.012,
+        length: int = 1000,
+        prediction: Literal["epsilon", "v"] = "epsilon",
+    ) -> "VariancePreserving":
+        """Betas linear themselves (DDPM; AnimateDiff)."""
+        betas = torch.linspace(first, last, length, dtype=torch.float64)
         return VariancePreserving(tuple(float(x) for x in (1 - betas).cumprod(0)), prediction)
 
     def _alpha2(self, t: Times) -> Times:

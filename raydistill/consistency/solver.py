@@ -8,15 +8,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from raydistill.consistency.function import jump, move
-from raydistill.consistency.schedule import Schedule
+from raydistill.consistency.schedule import Schedule, over
 from raydistill.types import Latents, Text, Times
 
 Field = Callable[[Latents, Times, Text], Latents]
 """prediction(x_t, t, text): what `raydistill.models.protocols.VelocityField` names."""
 
 
-def guide(cond: Latents, uncond: Latents, guidance_scale: float) -> Latents:
-    """Classifier-free guidance, uncond + w (cond - uncond) (CFG, eq. 6, whose w is ours minus 1)."""
+def guide(cond: Latents, uncond: Latents, guidance_scale: float | Tensor) -> Latents:
+    """Classifier-free guidance, uncond + w (cond - uncond) (CFG, eq. 6, whose w is ours minus 1).
+
+    w is a number, or a tensor that broadcasts to the latents.
+    """
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -37,6 +40,19 @@ def guided(
         both = field(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, null]))
         cond, uncond = both.chunk(2)
         return guide(cond, uncond, guidance_scale)
+
+    return guided_field
+
+
+def guided_by(
+    field: Field, null_text: Float[Tensor, "l d"]
+) -> Callable[[Latents, Times, Text, Times], Latents]:
+    """Make a field guided by a scale w of each sample's own, given with the text; one batched pass."""
+
+    def guided_field(x_t: Latents, t: Times, text: Text, w: Times) -> Latents:
+        null = null_text.to(text).expand_as(text)
+        cond, uncond = field(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, null])).chunk(2)
+        return guide(cond, uncond, over(w, cond))
 
     return guided_field
 

@@ -15,7 +15,7 @@ from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, TimeGrid
 from raydistill.consistency.solver import guided
 from raydistill.errors import InvalidValue, MissingArtifact, SamplingError, StaleArtifact
 from raydistill.models.protocols import VelocityField
-from raydistill.models.wan import load_teacher
+from raydistill.models.teacher import load_teacher
 from raydistill.sampler import Path, SamplingPlan, teacher_plan, with_head, with_tail
 from raydistill.student import Card, Student, load_student
 

@@ -96,6 +96,7 @@ def _token_critic(
 def _motion_head(config: DistillConfig, stage: StageConfig, latents: Tensor) -> Companion:
     """MCM's learned representation, optimized as the student is."""
     kind = stage.objective.representation
+    assert kind in ("learned", "learned_conv")
     head = build_motion_head(kind, latents.shape[1], config.seed).to(latents.device)
     slow = copy.deepcopy(head).requires_grad_(False)
     average = SlowCopy({n: p.data for n, p in slow.named_parameters()}, stage.head_decay, slow)

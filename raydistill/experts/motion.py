@@ -22,8 +22,8 @@ class LearnedMotion:
 
     def distance(self, guess: Latents, pair: Jumped) -> Tensor:
         """Pseudo-Huber distance per sample."""
-        views = (per_jump(x, pair, self.objective) for x in (self.head(guess), self.slow(pair.goal)))
-        return pseudo_huber(*views, self.objective.huber_c)
+        ours, theirs = (per_jump(x, pair, self.objective) for x in (self.head(guess), self.slow(pair.goal)))
+        return pseudo_huber(ours, theirs, self.objective.huber_c)
 
     def look(self, batch: Batch, pair: Jumped, leaf: Latents) -> tuple[Terms, Jumped]:
         """Return the motion term of the student's turn."""

@@ -200,8 +200,8 @@ def consistency_terms(pair: Jumped, objective: ObjectiveConfig) -> Terms:
         value = pseudo_huber(guess, goal, objective.huber_c)
         terms["consistency"] = Term(objective.consistency, value, pair.t)
     if objective.motion and (represent := REPRESENTATIONS.get(objective.representation)):
-        moved = (per_jump(represent(x), pair, objective) for x in (pair.guess, pair.goal))
-        terms["motion"] = Term(objective.motion, pseudo_huber(*moved, objective.huber_c), pair.t)
+        ours, theirs = (per_jump(represent(x), pair, objective) for x in (pair.guess, pair.goal))
+        terms["motion"] = Term(objective.motion, pseudo_huber(ours, theirs, objective.huber_c), pair.t)
     if objective.temporal_coherence:
         coherence = temporal_coherence(guess, goal, objective.coherence_stride)
         terms["temporal_coherence"] = Term(objective.temporal_coherence, coherence, pair.t)

@@ -7,46 +7,30 @@ files that no manifest names, and those do not count.
 import errno
 import json
 import os
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raydistill.artifacts import (
-    LATENTS_POINTER,
     LATENTS_SCHEMA,
     LATENTS_SCHEMA_VERSION,
     Manifest,
-    commit_file,
-    file_entry,
     fingerprint,
-    footer_sha256,
     write_atomically,
-    write_json,
 )
-from raydistill.errors import ArtifactError, CorruptArtifact, disk_full_explained
+from raydistill.errors import disk_full_explained
 from raydistill.latents.tally import LEFT_OUT
+from raydistill.shards import tensor_columns, whole_shard, write_table
 
+KIND = "latents"
 LIMITED = frozenset({"timeout", "oom", "crash"})
 """Reasons for quarantine that a longer deadline or more memory may remove."""
 
 UNSETTLED = frozenset({"changed"})
 """Reasons that may be gone the next time, whatever the settings."""
-
-
-def tensor_columns(name: str, values: np.ndarray) -> dict[str, Any]:
-    """Return a tensor as its bytes/shape/dtype triplet, little-endian, C order."""
-    values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-    return {
-        f"{name}_bytes": values.tobytes(),
-        f"{name}_shape": list(values.shape),
-        f"{name}_dtype": str(values.dtype),
-    }
 
 
 def latent_row(
@@ -77,35 +61,17 @@ def write_shard(
     rows_per_group: int = 4,
     facts: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write `<name>.parquet`, read it back, then write `<name>.manifest.json`; return that manifest.
-
-    Raises PrepareError if the disk is full, CorruptArtifact if the file reads back differently; in both cases
-    no manifest is left and the next run computes the shard again.
-    """
-    folder = Path(folder)
-    target, record = folder / f"{name}.parquet", folder / f"{name}.manifest.json"
-    beside = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    """Write a shard of latents and its manifest, see `shards.write_table`; return that manifest."""
     whole = [{field: row.get(field) for field in LATENTS_SCHEMA.names} for row in rows]
-    table = pa.Table.from_pylist(whole, schema=LATENTS_SCHEMA)
-    with disk_full_explained(target), _removed_after(beside):
-        folder.mkdir(parents=True, exist_ok=True)
-        record.unlink(missing_ok=True)
-        _write_table(beside, table, identity, rows_per_group)
-        _require_readable(beside, table)
-        commit_file(beside, target)
-        entry = {
-            **file_entry(target),
-            "order": order,
-            "rows": len(rows),
-            "rows_per_group": rows_per_group,
-            "rows_digest": rows_digest(whole),
-            "footer_sha256": footer_sha256(target),
-        }
-        manifest = Manifest(
-            kind="latents-shard", identity=identity, files={target.name: entry}, facts=facts or {}
-        )
-        manifest.write(record)
-    return manifest
+    return write_table(
+        folder,
+        name,
+        pa.Table.from_pylist(whole, schema=LATENTS_SCHEMA),
+        identity,
+        kind=KIND,
+        about={"order": order, "rows_per_group": rows_per_group, "rows_digest": rows_digest(whole)},
+        facts=facts,
+    )
 
 
 def write_quarantine(folder: str | Path, name: str, bad: Sequence[Mapping[str, Any]]) -> None:
@@ -145,13 +111,9 @@ def finished_shard(
     With `limits` (as in the facts' `tried_with`) a shard does not count either if a file of it may fare
     better under them.
     """
-    try:
-        manifest = Manifest.read(Path(folder) / f"{name}.manifest.json")
-        manifest.verify(folder, contents=False)
-    except ArtifactError:
-        return None
-    again = limits is not None and _may_fare_better(manifest.facts, limits)
-    return manifest if manifest.fingerprint == fingerprint(identity) and not again else None
+    manifest = whole_shard(folder, name, identity)
+    again = manifest is not None and limits is not None and _may_fare_better(manifest.facts, limits)
+    return None if again else manifest
 
 
 def _may_fare_better(facts: Mapping[str, Any], limits: Mapping[str, float]) -> bool:
@@ -191,59 +153,3 @@ def adopt_shard(
                 raise
             return None
     return manifest
-
-
-def write_artifact(
-    folder: str | Path,
-    shards: Sequence[Manifest],
-    identity: Mapping[str, Any],
-    facts: Mapping[str, Any] | None = None,
-) -> Manifest:
-    """Write the manifest over all shards, in their order: from here on the artifact exists."""
-    files: dict[str, Mapping[str, Any]] = {}
-    for order, shard in enumerate(shards):
-        files.update({name: {**entry, "order": order} for name, entry in shard.files.items()})
-    manifest = Manifest(kind="latents", identity=identity, files=files, facts=facts or {})
-    manifest.write(folder)
-    return manifest
-
-
-def point_to(output: str | Path, folder: str, fingerprint_: str) -> None:
-    """Let `output` stand for the artifact in its subfolder, so that the next job needs no fingerprint."""
-    write_json(Path(output) / LATENTS_POINTER, {"folder": folder, "fingerprint": fingerprint_})
-
-
-@contextmanager
-def _removed_after(path: Path) -> Iterator[None]:
-    """Leave no temporary file, whatever happens."""
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _write_table(path: Path, table: pa.Table, identity: Mapping[str, Any], rows_per_group: int) -> None:
-    """Write and sync a Parquet file with page checksums and the fingerprint in its footer."""
-    table = table.replace_schema_metadata({"fingerprint": fingerprint(identity)})
-    with open(path, "wb") as stream:
-        pq.write_table(
-            table,
-            stream,
-            row_group_size=rows_per_group,
-            use_dictionary=False,
-            compression="none",  # latents do not compress
-            write_page_checksum=True,
-            write_statistics=False,
-        )
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _require_readable(path: Path, table: pa.Table) -> None:
-    """Read a file back with its checksums and compare with what was meant."""
-    try:
-        found = pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
-    except (OSError, pa.ArrowException) as broken:
-        raise CorruptArtifact(f"{path} cannot be read back: {broken}") from broken
-    if not found.equals(table):
-        raise CorruptArtifact(f"{path} reads back differently from what was written")

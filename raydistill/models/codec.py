@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -10,7 +10,9 @@ from typing import cast
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderTiny
 from einops import rearrange
+from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from raydistill.errors import MissingArtifact
 from raydistill.types import Latents
@@ -41,6 +43,22 @@ class FrameCodec(nn.Module):
         frames = cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0])
         return rearrange(frames, "(b f) c h w -> b c f h w", b=len(latents)).clamp(-1, 1)
 
+    def num_frames(self, latent_frames: int) -> int:
+        """One frame for each latent frame."""
+        return latent_frames
+
+    def decode_frames(
+        self, latents: Latents, picked: Int[Tensor, "b k"], *, checkpoint: bool = False
+    ) -> Tensor:
+        """Decode k frames of each clip by number, (b, 3, k, h, w), with gradient and not clipped."""
+        which = torch.arange(len(latents), device=latents.device)[:, None]
+        chosen = (latents * self.deviation + self.mean).transpose(1, 2)[which, picked]
+        frames = _through(self._decode_frames, chosen.flatten(0, 1), checkpoint)
+        return rearrange(frames, "(b k) c h w -> b c k h w", b=len(latents))
+
+    def _decode_frames(self, z: Tensor) -> Tensor:
+        return cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0])
+
     def save(self, folder: Path) -> None:
         """Write the diffusers folder and the normalisation beside it."""
         self.autoencoder.save_pretrained(folder, safe_serialization=True)
@@ -68,10 +86,33 @@ class WanCodec(nn.Module):
 
     def decode(self, latents: Latents) -> Tensor:
         """Inverse shapes of `encode`; clipped to [-1, 1]."""
-        frames = cast(
-            Tensor, self.autoencoder.decode(latents * self.deviation + self.mean, return_dict=False)[0]
-        )
-        return frames.clamp(-1, 1)
+        return self._decode(latents).clamp(-1, 1)
+
+    def _decode(self, latents: Latents) -> Tensor:
+        z = latents * self.deviation + self.mean
+        return cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0])
+
+    def num_frames(self, latent_frames: int) -> int:
+        """Four frames for each latent frame after the first."""
+        return 4 * (latent_frames - 1) + 1
+
+    def decode_frames(
+        self, latents: Latents, picked: Int[Tensor, "b k"], *, checkpoint: bool = False
+    ) -> Tensor:
+        """Decode the whole clip, as frames lean on earlier ones, and pick k frames of each by number.
+
+        Gives (b, 3, k, h, w), with gradient; diffusers' decoder itself clips to [-1, 1].
+        """
+        frames = _through(self._decode, latents, checkpoint).transpose(1, 2)
+        which = torch.arange(len(latents), device=latents.device)[:, None]
+        return frames[which, picked].transpose(1, 2)
+
+
+def _through(decode: Callable[[Tensor], Tensor], z: Tensor, checkpoint: bool) -> Tensor:
+    """Decode, keeping activations or not."""
+    if not checkpoint:
+        return decode(z)
+    return cast(Tensor, recomputed(decode, z, use_reentrant=False))
 
 
 def build_tiny_codec(seed: int, width: int = 32) -> FrameCodec:

@@ -7,18 +7,18 @@ holds the base once.
 """
 
 import copy
-from typing import cast
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from raydistill.consistency.phases import Phases
+from raydistill.models.lora import Field, attach, merge, shared_copy
 from raydistill.models.wan import WanField
 from raydistill.types import Latents, Text, Times
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+DETAIL = "detail"
+"""Name of the adapter."""
 TIME_LAYERS = ("condition_embedder", "norm_out", "proj_out")
 """Layers of a Wan transformer that see the time, or follow it: the detail expert's own (DCM, fig. 5)."""
 
@@ -29,40 +29,21 @@ def add_detail(semantic: WanField, rank: int, alpha: float, seed: int) -> WanFie
     Only LoRA and copied layers require gradients. `seed` draws LoRA's A matrices; B starts at zero.
     """
     semantic.requires_grad_(False)
-    shared = {id(x): x for x in (*semantic.parameters(), *semantic.buffers())}
-    transformer = copy.deepcopy(semantic.transformer, dict(shared))
+    detail = shared_copy(semantic)
     for name in TIME_LAYERS:
-        setattr(transformer, name, copy.deepcopy(getattr(semantic.transformer, name)))
-    lora = LoraConfig(
-        r=rank, lora_alpha=cast(int, alpha), lora_dropout=0.0, target_modules=list(LORA_TARGETS)
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        transformer.add_adapter(lora, adapter_name="detail")
+        setattr(detail.transformer, name, copy.deepcopy(getattr(semantic.transformer, name)))
+    attach(detail.transformer, LORA_TARGETS, rank, alpha, seed=seed, name=DETAIL)
     for name in TIME_LAYERS:
-        getattr(transformer, name).requires_grad_(True)
-    return WanField(transformer)
-
-
-@torch.no_grad()
-def merge_lora(detail: WanField) -> WanField:
-    """Fold LoRA into attention weights of the detail expert's own; in place, for sampling only.
-
-    Equal to the branch up to rounding, and as fast as the semantic expert. Costs a second copy of the
-    attention weights; the semantic expert's are not touched, all else stays shared.
-    """
-    transformer = detail.transformer
-    for name, layer in list(transformer.named_modules()):
-        if isinstance(layer, LoraLinear):
-            base = cast(nn.Linear, layer.get_base_layer())
-            own = nn.Linear(base.in_features, base.out_features, device="meta")
-            own.weight = nn.Parameter(base.weight + layer.get_delta_weight("detail"), requires_grad=False)
-            own.bias = base.bias
-            transformer.set_submodule(name, own)
+        getattr(detail.transformer, name).requires_grad_(True)
     return detail
 
 
-def copy_trainable(field: WanField) -> WanField:
+def merge_lora(detail: WanField) -> WanField:
+    """Fold LoRA into attention weights of the detail expert's own, see `lora.merge`."""
+    return merge(detail, DETAIL)
+
+
+def copy_trainable(field: Field) -> Field:
     """Copy what `field` trains, share what it does not; the copy is frozen. For targets and averages."""
     frozen = (*(p for p in field.parameters() if not p.requires_grad), *field.buffers())
     return copy.deepcopy(field, {id(x): x for x in frozen}).requires_grad_(False)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from jaxtyping import Int
 from torch import Tensor
 
 from raydistill.types import Latents, Text, Times
@@ -26,6 +27,19 @@ class VideoCodec(Protocol):
 
     def decode(self, latents: Latents) -> Tensor:
         """Latents to frames (b, 3, f, h, w), clipped to [-1, 1]."""
+        ...
+
+    def num_frames(self, latent_frames: int) -> int:
+        """Frames of a clip of so many latent frames."""
+        ...
+
+    def decode_frames(
+        self, latents: Latents, picked: Int[Tensor, "b k"], *, checkpoint: bool = False
+    ) -> Tensor:
+        """Decode k frames of each clip by number, (b, 3, k, h, w), with gradient and not clipped.
+
+        With `checkpoint`, activations are computed again in the backward pass.
+        """
         ...
 
 

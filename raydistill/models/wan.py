@@ -1,17 +1,14 @@
 """`WanTransformer3DModel` as a velocity field; the only place of Wan's 0..1000 `timestep`."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from raydistill.errors import MissingArtifact, StaleArtifact
 from raydistill.types import Latents, Text, Times
 
 
@@ -22,6 +19,15 @@ class WanField(nn.Module):
         """Wrap, without copying."""
         super().__init__()
         self.transformer = transformer
+
+    @property
+    def network(self) -> WanTransformer3DModel:
+        """The diffusers model."""
+        return self.transformer
+
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        self.transformer.enable_gradient_checkpointing()
 
     def token_grid(self, latents: Latents) -> tuple[int, int, int]:
         """Tokens of one sample of latents: frames, height, width."""
@@ -129,51 +135,3 @@ def _start_as_identity(net: WanTransformer3DModel) -> None:
     for name, weight in net.blocks.named_parameters():
         if name.endswith(("scale_shift_table", "attn2.to_out.0.weight", "attn2.to_out.0.bias")):
             weight.zero_()
-
-
-def load_teacher(path: str | Path) -> WanField:
-    """Load a folder of `save_pretrained` in float32, safetensors only; raises as `read_teacher_config`."""
-    folder = _folder(path)
-    return WanField(WanTransformer3DModel.from_pretrained(folder, use_safetensors=True)).eval()
-
-
-def read_teacher_config(path: str | Path) -> Mapping[str, Any]:
-    """Return a teacher's sizes without its weights, defaults included.
-
-    Raises MissingArtifact unless the folder holds a diffusers WanTransformer3DModel.
-    """
-    with torch.device("meta"):
-        sizes = cast(dict[str, Any], WanTransformer3DModel.load_config(_folder(path)))
-        return cast(WanTransformer3DModel, WanTransformer3DModel.from_config(sizes)).config
-
-
-def require_fit(path: str | Path, latent_shape: Sequence[int], text_shape: Sequence[int]) -> None:
-    """Compare one sample's latents (c, f, h, w) and text (l, d) with what a teacher takes.
-
-    Raises StaleArtifact for other channels, another width of text, or sizes that its patches do not divide.
-    """
-    net = read_teacher_config(path)
-    if (net["in_channels"], net["text_dim"]) != (latent_shape[0], text_shape[-1]):
-        raise StaleArtifact(
-            f"{path} takes {net['in_channels']} latent channels, text of width {net['text_dim']}; the data "
-            f"has {latent_shape[0]} and {text_shape[-1]}: prepare with the teacher's own codec"
-        )
-    patch = tuple(net["patch_size"])
-    if any(size % step for size, step in zip(latent_shape[1:], patch, strict=True)):
-        raise StaleArtifact(
-            f"latents of (frames, height, width) {tuple(latent_shape[1:])} do not divide into the teacher's "
-            f"patches of {patch}: prepare with other num_frames, height or width"
-        )
-
-
-def _folder(path: str | Path) -> Path:
-    folder = Path(path)
-    try:
-        kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        kind = repr(error)
-    if kind != "WanTransformer3DModel":
-        raise MissingArtifact(
-            f"no teacher at {folder}: expected the folder of a diffusers WanTransformer3DModel, found {kind}"
-        )
-    return folder

@@ -84,6 +84,9 @@ class Plan:
     global_batch: int
     """Samples per optimiser step over all workers, 1 or more."""
     sources: tuple[Source, ...]
+    unit: int = 1
+    """So many samples in a row are one source's turn; it divides the global batch. Proportions are then kept
+    among turns."""
 
     def __post_init__(self):
         """Check ranges, and that the weights can be kept exactly."""
@@ -91,6 +94,8 @@ class Plan:
             raise InvalidValue("seed", self.seed, "must be 0 or more")
         if self.global_batch < 1:
             raise InvalidValue("global_batch", self.global_batch, "must be at least 1")
+        if self.unit < 1 or self.global_batch % self.unit:
+            raise InvalidValue("unit", self.unit, f"must divide global_batch = {self.global_batch}")
         names = [s.name for s in self.sources]
         if not names or len(set(names)) < len(names):
             raise InvalidValue("sources", names, "must be one or more, of different names")
@@ -136,16 +141,18 @@ class Plan:
         """Return what a checkpoint keeps of the plan: all of it JSON, `step` the only part that moves."""
         sources = [[s.name, s.num_rows, str(self.proportions[s.name]), s.digest] for s in self.sources]
         whole = {"version": VERSION, "seed": self.seed, "global_batch": self.global_batch}
-        return {**whole, "sources": fingerprint(sources), "step": step}
+        turns = {"unit": self.unit} if self.unit > 1 else {}  # older checkpoints know of none
+        return {**whole, **turns, "sources": fingerprint(sources), "step": step}
 
     def _turn(self, g: int) -> tuple[Source, int]:
         """Return the source of sample g, and how many of its samples came before."""
         if g < 0:
             raise InvalidValue("g", g, "a global sample index is 0 or more")
         parts = _parts(tuple(s.weight for s in self.sources))
-        period, place = divmod(g, sum(parts))
+        turn, within = divmod(g, self.unit)
+        period, place = divmod(turn, sum(parts))
         which, before = _schedule(parts)[place]
-        return self.sources[which], period * parts[which] + before
+        return self.sources[which], (period * parts[which] + before) * self.unit + within
 
     def _order_key(self, source: Source, epoch: int) -> tuple[int, ...]:
         return _round_keys(self.seed, source.name, epoch)

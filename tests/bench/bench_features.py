@@ -14,8 +14,8 @@ import torch
 from raydistill.config.stages import ObjectiveConfig
 from raydistill.consistency.schedule import RectifiedFlow, TimeGrid
 from raydistill.consistency.solver import guided
-from raydistill.experts.detail import CriticInputs, Judges, critic_losses, detail_losses
-from raydistill.experts.semantic import Networks, Segment
+from raydistill.experts.detail import CriticInputs, Judges, critic_losses, detail_look
+from raydistill.experts.semantic import Networks, Segment, consistency_losses
 from raydistill.models.critic import TokenCritic
 from raydistill.models.expert import add_detail, copy_trainable
 from raydistill.models.wan import build_tiny_teacher
@@ -40,7 +40,10 @@ def main(steps: int) -> None:
 
     def step(reuse: bool) -> float:
         began = time.perf_counter()
-        losses, seen = detail_losses(nets, judges, segment, batch, objective)
+        losses, kept = consistency_losses(
+            nets, segment, batch, objective, {"critic": detail_look(judges, segment, objective)}
+        )
+        seen = kept["critic"]
         losses.total.backward()
         assert seen is not None
         if not reuse:  # as the published code does: two more passes on the same inputs

@@ -20,7 +20,8 @@ from ray.train import DataConfig
 
 from raydistill.artifacts import LatentStore
 from raydistill.flow import connect
-from raydistill.latents.shards import latent_row, write_artifact, write_shard
+from raydistill.latents.shards import latent_row, write_shard
+from raydistill.shards import write_artifact
 from raydistill.trajectories.flow import feed, iter_batches
 from raydistill.trajectories.plan import Plan, Source
 

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from raydistill.artifacts import LatentStore
-from raydistill.latents.shards import latent_row, write_artifact, write_shard
+from raydistill.latents.shards import latent_row, write_shard
+from raydistill.shards import write_artifact
 
 ROUNDS = 5
 SHAPES = {"small world, 4 KiB": (4, 16, 4, 4), "480p, 1 MiB": (16, 6, 52, 52)}

@@ -27,10 +27,12 @@ from raydistill.config.stages import StageConfig  # noqa: E402
 from raydistill.consistency.average import moving_average_  # noqa: E402
 from raydistill.experts.launch import cluster  # noqa: E402
 from raydistill.experts.progress import read_metrics  # noqa: E402
-from raydistill.experts.semantic import semantic_losses  # noqa: E402
-from raydistill.experts.stages import build_stage  # noqa: E402
-from raydistill.latents.shards import latent_row, write_artifact, write_shard  # noqa: E402
-from raydistill.models.wan import build_tiny_teacher, load_teacher  # noqa: E402
+from raydistill.experts.semantic import consistency_losses  # noqa: E402
+from raydistill.experts.stages import Given, build_stage  # noqa: E402
+from raydistill.latents.shards import latent_row, write_shard  # noqa: E402
+from raydistill.models.teacher import load_teacher  # noqa: E402
+from raydistill.models.wan import build_tiny_teacher  # noqa: E402
+from raydistill.shards import write_artifact  # noqa: E402
 from raydistill.types import Batch  # noqa: E402
 
 # As a script the job's own functions travel by value; as a module they would be looked for by the workers.
@@ -62,7 +64,7 @@ def bare(config: DistillConfig, steps: int) -> float:
     size = config.semantic.global_batch
     latents = torch.stack([torch.from_numpy(store.row(i).latents) for i in range(size)])
     text = torch.stack([torch.from_numpy(store.row(i).text) for i in range(size)])
-    stage = build_stage(config, "semantic", teacher, None, latents[:1], text[:1])
+    stage = build_stage(config, "semantic", Given(teacher, latents[:1], text[:1]))
     weights = list(stage.student.parameters())
     copies = [list(slow.weights.values()) for slow in stage.slow_copies().values()]
     optimizer = torch.optim.AdamW(weights, lr=config.semantic.optimizer.learning_rate, weight_decay=0.0)
@@ -70,7 +72,7 @@ def bare(config: DistillConfig, steps: int) -> float:
     for step in range(steps):
         marks.append(time.perf_counter())
         batch = Batch(torch.arange(step * size, (step + 1) * size), latents, text)
-        semantic_losses(stage.nets, stage.segment, batch, config.semantic.objective).total.backward()
+        consistency_losses(stage.nets, stage.segment, batch, config.semantic.objective)[0].total.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.semantic.optimizer.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()

@@ -19,7 +19,7 @@ import torch
 from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
 from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
 from raydistill.experts.loop import distill
-from raydistill.experts.stages import build_stage
+from raydistill.experts.stages import Given, build_stage
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.types import Batch
 
@@ -33,7 +33,7 @@ config = DistillConfig(
 latents, text = torch.zeros(1, 4, 16, 4, 4, device=device), torch.zeros(1, 8, 32, device=device)
 teacher = build_tiny_teacher(0).to(device)
 semantic = build_tiny_teacher(1).to(device) if name == "detail" else None
-stage = build_stage(config, name, teacher, semantic, latents, text)
+stage = build_stage(config, name, Given(teacher, latents, text, semantic))
 
 def batches():
     for k in range(9):  # indices stay on the CPU, as the worker leaves them
@@ -44,7 +44,7 @@ seen = []
 distill(stage, batches(), report_every=1, save_every=9, report=lambda *a: seen.append(a), save=lambda s: None)
 assert [step for step, _ in seen] == [1, 2], seen
 low = torch.bfloat16 if precision == "bf16" else torch.float32
-nets = [stage.student, teacher, stage.target.net, *([stage.judges.critic] if stage.judges else [])]
+nets = [stage.student, teacher, stage.target.net, *(one.engine.module for one in stage.companions.values())]
 for net in nets:
     assert {p.device.type for p in net.parameters()} == {device.type}
     assert {p.dtype for p in net.parameters()} == {low}

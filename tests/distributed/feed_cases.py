@@ -17,7 +17,8 @@ from ray.train import DataConfig
 from raydistill.artifacts import LatentStore
 from raydistill.experts import checkpoint
 from raydistill.experts.launch import Worker
-from raydistill.latents.shards import latent_row, write_artifact, write_shard
+from raydistill.latents.shards import latent_row, write_shard
+from raydistill.shards import write_artifact
 from raydistill.trajectories.flow import Loader, iter_batches
 from raydistill.trajectories.plan import Plan, Source
 from raydistill.types import Batch

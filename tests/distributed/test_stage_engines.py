@@ -14,7 +14,7 @@ from raydistill.errors import DistillError
 from raydistill.experts.engine import load_deepspeed
 from raydistill.experts.loop import distill
 from raydistill.experts.parts import Parts
-from raydistill.experts.stages import build_stage
+from raydistill.experts.stages import Given, build_stage
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.types import Batch
 
@@ -48,7 +48,7 @@ def _built(name, engine, num_steps=3, semantic=None):
     config = replace(CONFIG, engine=engine, **{name: sizes})
     semantic = (semantic or _teacher()) if name == "detail" else None
     empty = torch.zeros(1, *LATENTS), torch.zeros(1, *TEXT)
-    return build_stage(config, name, _teacher(), semantic, *empty)
+    return build_stage(config, name, Given(_teacher(), *empty, semantic))
 
 
 def _trained(name, engine, semantic=None):

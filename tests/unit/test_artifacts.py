@@ -26,7 +26,8 @@ from raydistill.artifacts import (
     write_json,
 )
 from raydistill.errors import ArtifactError, CorruptArtifact, MissingArtifact, StaleArtifact
-from raydistill.latents.shards import latent_row, point_to, write_artifact, write_shard
+from raydistill.latents.shards import latent_row, write_shard
+from raydistill.shards import point_to, write_artifact
 
 IDENTITY = {"models": {"codec": {"digest": "a" * 64}, "text": {"kind": "word_vectors"}}, "dtype": "float32"}
 

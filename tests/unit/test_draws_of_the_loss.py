@@ -9,7 +9,7 @@ from raydistill.config.stages import ObjectiveConfig
 from raydistill.consistency.phases import Phases
 from raydistill.consistency.schedule import DCM_GRID, SAME_TIME, RectifiedFlow, TimeGrid
 from raydistill.errors import NonFiniteLoss
-from raydistill.experts.detail import Judges, critic_losses, detail_losses, renoised_pair
+from raydistill.experts.detail import Judges, critic_losses, detail_look, renoised_pair
 from raydistill.experts.loop import require_finite
 from raydistill.experts.meter import Meter
 from raydistill.experts.semantic import (
@@ -18,9 +18,9 @@ from raydistill.experts.semantic import (
     Networks,
     Segment,
     Term,
+    consistency_losses,
     consistency_pair,
     consistency_terms,
-    semantic_losses,
 )
 from raydistill.models.critic import TokenCritic
 from raydistill.models.gaussian import GaussianStudent, GaussianTeacher
@@ -39,6 +39,10 @@ def _batch(size=64, shape=(4, 4, 4, 4)):
     rng = torch.Generator().manual_seed(0)
     latents = torch.randn(size, *shape, generator=rng, dtype=torch.float64)
     return Batch(torch.arange(size), latents, torch.randn(size, 3, 32, generator=rng, dtype=torch.float64))
+
+
+def semantic_losses(nets, segment, batch, objective):
+    return consistency_losses(nets, segment, batch, objective)[0]
 
 
 def _exact(lower=0.6, deviation=0.5):
@@ -169,10 +173,17 @@ def _stage(real="data", last=0.0):
 OBJECTIVE = ObjectiveConfig(adversarial=0.7, feature_matching=0.3)
 
 
+def detail_losses(nets, judges, segment, batch):
+    """The detail stage's draw, and what the critic keeps."""
+    looks = {"critic": detail_look(judges, segment, OBJECTIVE)}
+    losses, kept = consistency_losses(nets, segment, batch, OBJECTIVE, looks)
+    return losses, kept["critic"]
+
+
 @pytest.mark.parametrize(("real", "last"), [("data", 0.0), ("target", 0.0), ("target", 0.15)])
 def test_the_leafs_detour_gives_the_gradient_of_the_whole_sum(real, last):
     nets, judges, segment, batch = _stage(real, last)
-    losses, _ = detail_losses(nets, judges, segment, batch, OBJECTIVE)
+    losses, _ = detail_losses(nets, judges, segment, batch)
     losses.total.backward()
     taken = {n: p.grad.clone() for n, p in nets.student.named_parameters()}
     assert all(p.grad is None for p in judges.critic.parameters())
@@ -209,7 +220,7 @@ def _direct_total(nets, judges, segment, batch):
 def test_against_the_target_both_take_the_straight_line_from_the_segments_end_with_one_noise():
     segment, batch = _segment(1.0, 0.3, TimeGrid(3, last=0.3)), _batch(8)
     guess, goal, s = batch.latents, batch.latents.flip(0), torch.full((8,), 0.3, dtype=torch.float64)
-    fake, real, a = renoised_pair(segment, batch, Jumped(guess, goal, s, s), guess, "target")
+    fake, real, a = renoised_pair(segment, batch, Jumped(guess, goal, s, s, s), guess, "target")
     at, n = a.view(-1, 1, 1, 1, 1), segment.noise(batch.index, guess, "adversarial noise")
     torch.testing.assert_close(fake, ((1 - at) * guess + (at - 0.3) * n) / 0.7)
     torch.testing.assert_close(real, ((1 - at) * goal + (at - 0.3) * n) / 0.7)
@@ -223,7 +234,7 @@ def test_against_data_a_perfect_students_sample_is_as_noisy_as_the_real_one():
     leaf = segment.schedule.add_noise(
         batch.latents, torch.randn(batch.latents.shape, generator=rng).double(), s
     )
-    fake, real, a = renoised_pair(segment, batch, Jumped(leaf, leaf, s, s), leaf, "data")
+    fake, real, a = renoised_pair(segment, batch, Jumped(leaf, leaf, s, s, s), leaf, "data")
     for time in a.unique():
         ours, theirs = fake[a == time].std().item(), real[a == time].std().item()
         assert ours == pytest.approx(theirs, rel=0.01), float(time)
@@ -233,7 +244,7 @@ def test_the_critics_turn_reuses_features_and_reaches_the_critic_alone():
     nets, judges, segment, batch = _stage()
     passes = []
     judges.teacher.transformer.register_forward_hook(lambda *_: passes.append(1))
-    _, seen = detail_losses(nets, judges, segment, batch, OBJECTIVE)
+    _, seen = detail_losses(nets, judges, segment, batch)
     assert len(passes) == 3  # one step of the ODE, the student's sample, the real one
     losses = critic_losses(judges.critic, seen, judges.grid)
     losses.total.backward()
@@ -247,20 +258,13 @@ def test_the_critic_learns_to_tell_data_from_a_bad_student():
     optimiser = torch.optim.AdamW(judges.critic.parameters(), lr=1e-2)
     first = None
     for _ in range(30):
-        _, seen = detail_losses(nets, judges, segment, batch, OBJECTIVE)
+        _, seen = detail_losses(nets, judges, segment, batch)
         loss = critic_losses(judges.critic, seen, judges.grid).total
         first = first if first is not None else loss.item()
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
     assert loss.item() < 0.7 * first
-
-
-def test_without_judges_the_detail_draw_is_the_consistency_loss():
-    nets, _, segment, batch = _stage()
-    losses, seen = detail_losses(nets, None, segment, batch, PLAIN)
-    assert seen is None
-    torch.testing.assert_close(losses.total, semantic_losses(nets, segment, batch, PLAIN).total)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from diffusers import WanTransformer3DModel
 
 from raydistill.errors import MissingArtifact, StaleArtifact
 from raydistill.models.expert import DualExpert, add_detail, copy_trainable, merge_lora, own_state
-from raydistill.models.wan import WanField, build_tiny_teacher, load_teacher, read_teacher_config, require_fit
+from raydistill.models.teacher import load_teacher, read_teacher_config, require_fit
+from raydistill.models.wan import WanField, build_tiny_teacher
 
 
 def _inputs(batch=5):

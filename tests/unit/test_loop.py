@@ -11,7 +11,7 @@ from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
 from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, StageConfig
 from raydistill.errors import NonFiniteLoss
 from raydistill.experts.loop import distill, require_finite_gradient
-from raydistill.experts.stages import build_stage
+from raydistill.experts.stages import Given, build_stage
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.types import Batch
 
@@ -40,7 +40,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(role, term, value):
     """Though every loss is finite, and whatever the engine made of it."""
     teacher = build_tiny_teacher(0, dim_head=12, num_heads=2, num_layers=2)
     example = torch.zeros(1, *SHAPE), torch.zeros(1, *TEXT)
-    stage = build_stage(CONFIG, "detail", teacher, teacher, *example)
+    stage = build_stage(CONFIG, "detail", Given(teacher, *example, teacher))
     saved, averaged = [], []
     stage.update_averages = lambda: averaged.append(stage.engine.steps)
 

@@ -13,7 +13,7 @@ from raydistill.latents.encode import Encoder, frames_to_tensor
 from raydistill.models.codec import build_tiny_codec, load_codec
 from raydistill.models.text import WordVectors
 from raydistill.world.drawing import World
-from raydistill.world.sprites import Attributes, draw_scene, held_out, render
+from raydistill.world.sprites import Attributes, held_out, render
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,8 @@ import pytest
 
 from raydistill.artifacts import LatentStore
 from raydistill.errors import PrepareError, disk_full_explained
-from raydistill.latents.shards import (
-    adopt_shard,
-    finished_shard,
-    latent_row,
-    write_artifact,
-    write_quarantine,
-    write_shard,
-)
+from raydistill.latents.shards import adopt_shard, finished_shard, latent_row, write_quarantine, write_shard
+from raydistill.shards import write_artifact
 
 IDENTITY = {"stage": "prepare", "dtype": "float32"}
 

@@ -11,9 +11,8 @@ from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.errors import InvalidValue
 from raydistill.experts.analyse import analyse, propose_boundary
-from raydistill.experts.detail import critic_losses
 from raydistill.experts.loop import distill, draw
-from raydistill.experts.stages import build_segment, build_stage
+from raydistill.experts.stages import Given, build_segment, build_stage
 from raydistill.experts.worker import AVERAGES, load_result
 from raydistill.models.expert import own_state
 from raydistill.models.wan import WanField, build_tiny_teacher
@@ -52,7 +51,7 @@ def _batches(step=0):
 
 def _stage(config=CONFIG, name="semantic", semantic=None, teacher=None):
     shapes = torch.zeros(1, *SHAPE), torch.zeros(1, *TEXT)
-    return build_stage(config, name, teacher or _teacher(), semantic, *shapes)
+    return build_stage(config, name, Given(teacher or _teacher(), *shapes, semantic))
 
 
 def _run(stage, start=0, save_every=100, save=lambda step: None):
@@ -142,7 +141,7 @@ def test_a_saved_stage_goes_on_bit_for_bit(tmp_path):
     for name, slow in second.slow_copies().items():
         theirs = unbroken.slow_copies()[name].weights
         assert all(torch.equal(w, theirs[n]) for n, w in slow.weights.items())
-    pairs = zip(second.judges.critic.parameters(), unbroken.judges.critic.parameters(), strict=True)
+    pairs = zip(*(one.engines()["critic"].module.parameters() for one in (second, unbroken)), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -152,14 +151,15 @@ def test_nothing_of_a_step_stays_behind_on_the_host(name):
     teacher = _teacher().to("meta")
     semantic = _stage().student.to("meta") if name == "detail" else None
     empty = torch.zeros(1, *SHAPE, device="meta"), torch.zeros(1, *TEXT, device="meta")
-    stage = build_stage(CONFIG, name, teacher, semantic, *empty)
+    stage = build_stage(CONFIG, name, Given(teacher, *empty, semantic))
     batch = next(_batches())
     losses, seen = draw(stage, Batch(batch.index, batch.latents.to("meta"), batch.text.to("meta")))
     stage.engine.backward(losses.total)
     assert all(p.grad.is_meta for p in stage.engine.trainable_parameters.values() if p.grad is not None)
     if name == "detail":
-        assert all(p.is_meta for p in stage.judges.critic.parameters())
-        stage.critic_engine.backward(critic_losses(stage.critic_engine.module, seen, stage.judges.grid).total)
+        critic = stage.companions["critic"]
+        assert all(p.is_meta for p in critic.engine.module.parameters())
+        critic.engine.backward(critic.turn(seen["critic"]).total)
 
 
 BF16 = replace(CONFIG, engine=EngineConfig(backend="torch", precision="bf16"))
@@ -172,7 +172,12 @@ def test_in_bf16_every_network_computes_in_bf16_near_float32(name, target):
     teacher, semantic = _teacher(), (_stage().student if name == "detail" else None)
     high = _stage(replace(CONFIG, target=config.target), name, copy.deepcopy(semantic))
     low = _stage(config, name, semantic, teacher)
-    for net in (teacher, low.student, low.nets.target, *([low.judges.critic] if low.judges else [])):
+    for net in (
+        teacher,
+        low.student,
+        low.nets.target,
+        *(one.engine.module for one in low.companions.values()),
+    ):
         assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
         assert {b.dtype for b in net.buffers()} <= {torch.float32, torch.float64}
     ours, theirs = dict(_run(low)), dict(_run(high))

@@ -1,0 +1,143 @@
+"""LoRA over a network that others use too (MCM's student; the branch of DCM's detail expert).
+
+The branches are in a second module tree that *shares* all weights of the first: nothing is switched on or
+off, so the network below cannot change, and memory holds it once.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, WanLoraLoaderMixin
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from raydistill.errors import CorruptArtifact
+from raydistill.models.teacher import Teacher
+from raydistill.models.unet import UNetField
+from raydistill.models.wan import WanField
+
+Field = TypeVar("Field", bound=nn.Module)
+
+FILE = "pytorch_lora_weights.safetensors"
+"""As diffusers' pipelines look for it."""
+MOTION = "motion"
+"""Name of the adapter."""
+WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+UNET_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+"""MCM's list."""
+
+
+def add_lora(teacher: Teacher, rank: int, alpha: float, seed: int) -> Teacher:
+    """Build MCM's student over `teacher`, which is frozen here; at first both compute the same, bit for bit.
+
+    Only the branches require gradients. `seed` draws their A matrices; B starts at zero.
+    """
+    teacher.requires_grad_(False)
+    student = shared_copy(teacher)
+    attach(student.network, targets_of(student.network), rank, alpha, seed=seed, name=MOTION)
+    return student
+
+
+def shared_copy(field: Field) -> Field:
+    """Copy the modules of a network, not its weights and buffers."""
+    return copy.deepcopy(field, {id(x): x for x in (*field.parameters(), *field.buffers())})
+
+
+def targets_of(network: nn.Module) -> list[str]:
+    """Full names of the layers that MCM adapts.
+
+    ModelScopeT2V's convolutions over time are left out, as in MCM; so are the projections around
+    AnimateDiff's motion modules, which diffusers calls with an argument that peft's layers refuse.
+    """
+    suffixes = UNET_TARGETS if "UNet" in type(network).__name__ else WAN_TARGETS
+    found = []
+    for name, module in network.named_modules():
+        over_time = "temp" in name and "conv" in name
+        refused = "motion_modules" in name and name.endswith(("proj_in", "proj_out"))
+        if (
+            isinstance(module, nn.Linear | nn.Conv2d)
+            and f".{name}".endswith(tuple(f".{suffix}" for suffix in suffixes))
+            and not over_time
+            and not refused
+        ):
+            found.append(name)
+    return found
+
+
+def attach(
+    network: nn.Module, targets: Sequence[str], rank: int, alpha: float, *, seed: int, name: str
+) -> None:
+    """Put LoRA branches on the layers of these names or suffixes; only they require gradients then."""
+    network.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(_config(targets, rank, alpha), network, adapter_name=name)
+
+
+def _config(targets: Sequence[str], rank: int, alpha: float) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=0.0, target_modules=sorted(targets))
+
+
+@torch.no_grad()
+def merge(field: Field, name: str = MOTION) -> Field:
+    """Fold the branches into weights of the network's own; in place, for sampling only.
+
+    Equal to the branches up to rounding, and as fast as the network below, whose weights are not touched.
+    """
+    for place, layer in list(field.named_modules()):
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            base = cast(nn.Linear | nn.Conv2d, layer.get_base_layer())
+            own = copy.copy(base)
+            own._parameters = dict(base._parameters)
+            delta = cast(Any, layer).get_delta_weight(name)
+            own.weight = nn.Parameter(base.weight + delta, requires_grad=False)
+            field.set_submodule(place, own)
+    return field
+
+
+def lora_state(student: Teacher) -> dict[str, Tensor]:
+    """Return the branches' weights by the names that peft and diffusers save them under."""
+    parameters = student.network.named_parameters()
+    return {n.replace(f".{MOTION}.", "."): p.detach() for n, p in parameters if ".lora_" in n}
+
+
+def save_lora(student: Teacher, folder: Path, rank: int, alpha: float) -> None:
+    """Write FILE so that `load_lora_weights` of diffusers' pipelines takes it, alpha included."""
+    state: Any = {name: x.float().cpu().contiguous() for name, x in lora_state(student).items()}
+    about = _config(targets_of_lora(student), rank, alpha).to_dict()
+    kept = {key: about[key] for key in ("r", "lora_alpha", "target_modules")}
+    kept["target_modules"] = sorted(kept["target_modules"])
+    if isinstance(student, WanField):
+        WanLoraLoaderMixin.save_lora_weights(
+            folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=kept
+        )
+    else:
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            folder, unet_lora_layers=state, unet_lora_adapter_metadata=kept
+        )
+
+
+def targets_of_lora(student: Teacher) -> list[str]:
+    """Full names of the adapted layers."""
+    return [name for name, layer in student.network.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def load_lora(teacher: Teacher, folder: Path, rank: int, alpha: float) -> Teacher:
+    """Rebuild what `save_lora` wrote, over its teacher. Raises CorruptArtifact for other layers."""
+    student = add_lora(teacher, rank, alpha, seed=0)
+    prefix = "unet." if isinstance(teacher, UNetField) else "transformer."
+    state = {name.removeprefix(prefix): x for name, x in load_file(Path(folder) / FILE).items()}
+    own = lora_state(student)
+    if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
+        raise CorruptArtifact(f"{Path(folder) / FILE} is not a LoRA of rank {rank} on this teacher's layers")
+    for name, weight in own.items():
+        weight.copy_(state[name])
+    return student.requires_grad_(False).eval()

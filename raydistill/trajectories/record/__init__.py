@@ -1,0 +1,1 @@
+"""Paths of a teacher, recorded ahead of the training that uses them."""
