@@ -28,7 +28,7 @@ RADIUS = 7
 _fft = cast(Callable[..., Tensor], torch.fft.fftn)  # pyright: ignore[reportUnknownMemberType]
 _inverse_fft = cast(Callable[..., Tensor], torch.fft.ifftn)  # pyright: ignore[reportUnknownMemberType]
 
-Volume = Float[Tensor, "b f d h w"]
+Volume = Float[Tensor, "b pairs d h w"]
 
 
 def raw(x: Latents) -> Latents:
@@ -36,7 +36,7 @@ def raw(x: Latents) -> Latents:
     return widen(x)
 
 
-def difference(x: Latents) -> Latents:
+def difference(x: Latents) -> Float[Tensor, "b c pairs h w"]:
     """Change from frame to frame, (b, c, f - 1, h, w): linear, and blind to what is constant in time.
 
     Raises TooFewFrames for a single frame.
@@ -87,7 +87,7 @@ def local_correlation(x: Latents) -> Volume:
     return torch.stack(moved, dim=2)
 
 
-def global_correlation(x: Latents) -> Float[Tensor, "b f hw hw"]:
+def global_correlation(x: Latents) -> Float[Tensor, "b pairs hw hw"]:
     """<x_f(p), x_(f+1)(q)> / sqrt(c) for all pairs of places, (b, f - 1, h w, h w) (GMFlow).
 
     Quadratic in the latents, and the same if all frames' channels are turned by one orthogonal matrix.

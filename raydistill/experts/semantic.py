@@ -115,10 +115,15 @@ guess, and whatever it wants to keep for its own turn."""
 
 
 def _of(batch: Batch, origin: Origin) -> Tensor:
-    """Which samples have this origin, bool (b,), on the device of the latents."""
+    """Which samples have this origin, bool (b,), on the CPU."""
     if batch.origin is None:
-        return torch.full((len(batch.index),), origin == Origin.VIDEO, device=batch.latents.device)
-    return (batch.origin == origin).to(batch.latents.device)
+        return torch.full((len(batch.index),), origin == Origin.VIDEO)
+    return batch.origin == origin
+
+
+def _over(mask: Tensor, x: Latents) -> Tensor:
+    """Shape one flag per sample to choose among latents, on their device."""
+    return mask.to(x.device).view(-1, 1, 1, 1, 1)
 
 
 @torch.no_grad()
@@ -129,25 +134,32 @@ def simulated(nets: Networks, segment: Segment, batch: Batch) -> Latents:
     return jump(segment.schedule, nets.target(pure, one, batch.text), pure, one, torch.zeros_like(one))
 
 
+def _clean(nets: Networks, segment: Segment, batch: Batch) -> Latents:
+    """x0 of each sample: its video, or its one-step sample."""
+    if not segment.simulates:
+        return batch.latents
+    mine = _of(batch, Origin.SIMULATED)
+    # At least one sample passes, needed or not: with sharded weights all ranks must come along.
+    rows = mine.nonzero().flatten() if bool(mine.any()) else torch.zeros(1, dtype=torch.long)
+    here = rows.to(batch.latents.device)
+    x0, text = batch.latents[here], batch.text[here]
+    made = simulated(nets, segment, Batch(batch.index[rows], x0, text))
+    return batch.latents.index_copy(0, here, torch.where(_over(mine[rows], x0), made, x0))
+
+
 def starting_point(nets: Networks, segment: Segment, batch: Batch, t: Times) -> Latents:
     """x_t of each sample: its video, or its one-step sample, noised; or the state of its recorded path.
 
     At t = 1 it is the noise alone: a variance-preserving schedule would leave some data in it, which sampling
     does not start with (MCM's code; LCM).
     """
-    x0 = batch.latents
-    if segment.simulates:
-        mine = _of(batch, Origin.SIMULATED)
-        # At least one sample passes, needed or not: with sharded weights all ranks must come along.
-        rows = mine.nonzero().flatten() if bool(mine.any()) else torch.zeros(1, dtype=torch.long)
-        rows = rows.to(x0.device)
-        part = Batch(batch.index[rows.cpu()], x0[rows], batch.text[rows])
-        made = simulated(nets, segment, part)
-        x0 = x0.index_copy(0, rows, torch.where(mine[rows].view(-1, 1, 1, 1, 1), made, x0[rows]))
+    x0 = _clean(nets, segment, batch)
     noise = segment.noise(batch.index, x0)
     x_t = segment.schedule.add_noise(x0, noise, t)
-    x_t = torch.where((t.to(x0.device) >= 1).view(-1, 1, 1, 1, 1), noise, x_t)
-    return torch.where(_of(batch, Origin.RECORDED).view(-1, 1, 1, 1, 1), batch.latents, x_t)
+    x_t = torch.where(_over(t >= 1, x_t), noise, x_t)
+    if batch.x_r is None:
+        return x_t
+    return torch.where(_over(_of(batch, Origin.RECORDED), x_t), batch.latents, x_t)
 
 
 @torch.no_grad()
@@ -155,19 +167,25 @@ def teacher_step(
     nets: Networks, segment: Segment, batch: Batch, x_t: Latents, times: tuple[Times, Times]
 ) -> Latents:
     """x_r, one step of the guided teacher's ODE below x_t; of recorded paths it is read, without a pass."""
-    fresh = ~_of(batch, Origin.RECORDED)
-    if not bool(fresh.any()):
-        assert batch.x_r is not None
+    t, r = times
+    scales = segment.scales(batch.index)
+    if batch.x_r is None:
+        return euler(segment.schedule, _field(nets, scales), x_t, t, r, batch.text)
+    rows = (~_of(batch, Origin.RECORDED)).nonzero().flatten()
+    if not len(rows):
         return batch.x_r
-    rows = fresh.nonzero().flatten()
-    here = rows.cpu()
-    t, r = (time[here.to(time.device)] for time in times)
-    scales, field = segment.scales(batch.index[here]), nets.teacher
-    if scales is not None and nets.guided_by is not None:
-        by = nets.guided_by
-        field = lambda x, t, text: by(x, t, text, scales)  # noqa: E731
-    x_r = euler(segment.schedule, field, x_t[rows], t, r, batch.text[rows])
-    return x_r if batch.x_r is None else batch.x_r.index_copy(0, rows, x_r)
+    here = rows.to(x_t.device)
+    field = _field(nets, None if scales is None else scales[rows])
+    x_r = euler(segment.schedule, field, x_t[here], t[rows], r[rows], batch.text[here])
+    return batch.x_r.index_copy(0, here, x_r)
+
+
+def _field(nets: Networks, scales: Times | None) -> VelocityField:
+    """The guided teacher, by the scale of each sample where there are such."""
+    by = nets.guided_by
+    if scales is None or by is None:
+        return nets.teacher
+    return lambda x_t, t, text: by(x_t, t, text, scales)
 
 
 def consistency_pair(nets: Networks, segment: Segment, batch: Batch) -> Jumped:

@@ -19,7 +19,8 @@ from raydistill.experts import checkpoint
 from raydistill.experts.launch import Worker
 from raydistill.latents.shards import latent_row, write_shard
 from raydistill.shards import write_artifact
-from raydistill.trajectories.flow import Loader, iter_batches
+from raydistill.trajectories.flow import iter_batches
+from raydistill.trajectories.loader import Loader
 from raydistill.trajectories.plan import Plan, Source
 from raydistill.types import Batch
 

@@ -9,7 +9,9 @@ import torch
 from feed_cases import LATENTS, TEXT, plan_of, write_store
 
 from raydistill.errors import CorruptArtifact, InvalidValue, MissingArtifact, PlanMismatch, StaleArtifact
-from raydistill.trajectories.flow import Loader, feed, iter_batches
+from raydistill.trajectories.flow import feed, iter_batches
+from raydistill.trajectories.lanes import Intervals, as_lanes
+from raydistill.trajectories.loader import Loader
 
 NUM_ROWS, OFFSETS = {"a": 7, "b": 3}, {"a": 0, "b": 1000}
 
@@ -24,13 +26,22 @@ def plan(stores):
     return plan_of(stores, {"a": 0.7, "b": 0.3}, seed=7, global_batch=8)
 
 
+INTERVALS = Intervals(seed=3, first=0, count=4)
+
+
 class Shard:
     """One rank's rows of the feed, in the plan's order, as Ray Data's iterator gives them."""
 
     def __init__(self, plan, stores, rank, world_size, start_step, num_steps, *, steps_per_block=1):
         paths = {name: str(path) for name, path in stores.items()}
         loader = Loader(
-            plan, paths, range(start_step, start_step + num_steps), world_size, steps_per_block, 3
+            as_lanes(plan),
+            paths,
+            range(start_step, start_step + num_steps),
+            world_size,
+            steps_per_block,
+            3,
+            INTERVALS,
         )
         tasks = range(-(-num_steps // steps_per_block * world_size) // 3 + 1)
         rows = [row for task in tasks for row in loader({"item": np.array([task])})]
