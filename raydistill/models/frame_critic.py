@@ -7,7 +7,6 @@ alone, not of groups of the batch; and the spectral norm keeps no running vector
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +16,16 @@ from torch import Tensor, nn
 from raydistill.types import Text
 
 POWER_ROUNDS = 12
-"""Rounds of power iteration from a fixed start. After them the norm is a few percent too small at most."""
+"""Rounds of power iteration from a fixed start. After them the norm found is a tenth too small at most."""
 
 
 class _SpectralConv(nn.Module):
     """Convolution over tokens, wrapping around; its weight has largest singular value 1 (Miyato, 2018)."""
 
-    def __init__(self, channels: int, width: int, kernel: int):
+    def __init__(self, channels: int, width: int, kernel: int, *, bias: bool):
         super().__init__()
-        plain = nn.Conv1d(channels, width, kernel)
-        self.weight, self.bias = plain.weight, cast(nn.Parameter, plain.bias)
+        plain = nn.Conv1d(channels, width, kernel, bias=bias)
+        self.weight, self.bias = plain.weight, plain.bias
         self.start: Tensor
         self.register_buffer("start", F.normalize(torch.randn(width), dim=0))
 
@@ -47,7 +46,8 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, kernel: int):
         super().__init__()
-        self.conv, self.norm = _SpectralConv(width, width, kernel), nn.InstanceNorm1d(width, affine=True)
+        self.conv = _SpectralConv(width, width, kernel, bias=False)  # the norm would take it away
+        self.norm = nn.InstanceNorm1d(width, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.norm(self.conv(x)), 0.2)
@@ -59,7 +59,8 @@ class _Head(nn.Module):
     def __init__(self, width: int, text_width: int, channels: int, kernel: int):
         super().__init__()
         self.first, self.second = _Block(width, 1), _Block(width, kernel)
-        self.last, self.text = _SpectralConv(width, channels, 1), nn.Linear(text_width, channels)
+        self.last = _SpectralConv(width, channels, 1, bias=True)
+        self.text = nn.Linear(text_width, channels)
 
     def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
         x = self.first(tokens.transpose(1, 2))

@@ -17,6 +17,7 @@ from torch.optim import _muon
 
 from raydistill.config.pretrain import PretrainConfig
 from raydistill.models.codec import FrameCodec, build_tiny_codec, load_codec
+from raydistill.models.frame_features import FrameNet
 from raydistill.models.judge import Judge
 from raydistill.models.protocols import VideoCodec
 from raydistill.models.text import WordVectors
@@ -31,6 +32,9 @@ ATTRIBUTES = {
     "background": sprites.BACKGROUNDS,
     "speed": tuple(sprites.SPEEDS),
 }
+
+FRAME_ATTRIBUTES = {name: ATTRIBUTES[name] for name in ("shape", "colour", "background")}
+"""What a single frame shows."""
 
 Loss = Callable[[int], Tensor]
 
@@ -68,6 +72,10 @@ def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> N
         judge = Judge(ATTRIBUTES)
         loss = _judge_loss(config, judge, clips, attributes, load_codec(output / "codec"))
         _fit(config, judge, loss, lambda net: cast(Judge, net).save(output / "judge"), report)
+    elif config.part == "features":
+        net = FrameNet({name: len(FRAME_ATTRIBUTES[name]) for name in FRAME_ATTRIBUTES})
+        loss = _features_loss(config, net, clips, attributes)
+        _fit(config, net, loss, lambda net: cast(FrameNet, net).save(output / "features"), report)
     else:
         teacher = build_tiny_teacher(config.seed)
         latents = encode_all(load_codec(output / "codec"), clips)
@@ -144,6 +152,27 @@ def _judge_loss(
         noise = 0.1 * torch.rand(b, 1, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
         logits = judge(x * gain + 0.1 * torch.randn(b, 3, 1, 1, 1, generator=rng) + noise)
         return sum((F.cross_entropy(logits[n], labels[n][index]) for n in ATTRIBUTES), x.new_zeros(()))
+
+    return loss
+
+
+def _features_loss(
+    config: PretrainConfig, net: FrameNet, clips: Tensor, attributes: list[sprites.Attributes]
+) -> Loss:
+    """Cross-entropy of what single frames show, under changes of colour."""
+    labels = {
+        n: torch.tensor([v.index(getattr(a, n)) for a in attributes]) for n, v in FRAME_ATTRIBUTES.items()
+    }
+
+    def loss(step: int) -> Tensor:
+        rng = _draws(config, step)
+        index = torch.randint(len(clips), (config.batch,), generator=rng)
+        frame = torch.randint(clips.shape[2], (config.batch,), generator=rng)
+        x = to_float(clips[index, :, frame])
+        gain = 1 + 0.2 * torch.randn(config.batch, 3, 1, 1, generator=rng)
+        x = x * gain + 0.1 * torch.randn(config.batch, 3, 1, 1, generator=rng)
+        logits = net.classify(x)
+        return sum((F.cross_entropy(logits[n], labels[n][index]) for n in labels), x.new_zeros(()))
 
     return loss
 

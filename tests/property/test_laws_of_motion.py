@@ -85,7 +85,9 @@ def test_correlations_do_not_mind_turned_channels_and_are_quadratic(seed):
 def test_correlations_peak_at_a_sprites_displacement(seed, down, right):
     """A sprite of one bright pixel in its own channels, moved by (down, right)."""
     sprite = torch.zeros(1, 4, 2, 9, 9)
-    sprite[0, :, 0, 4, 4] = sprite[0, :, 1, 4 + down, 4 + right] = clip(seed, (1, 1, 1), 4)[0, :, 0, 0, 0].float()
+    sprite[0, :, 0, 4, 4] = sprite[0, :, 1, 4 + down, 4 + right] = clip(seed, (1, 1, 1), 4)[
+        0, :, 0, 0, 0
+    ].float()
     window = 2 * RADIUS + 1
     near = local_correlation(sprite)
     assert near.shape == (1, 1, window * window, 9, 9)
