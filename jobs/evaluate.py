@@ -18,6 +18,7 @@ from raydistill.artifacts import tree_digest
 from raydistill.config.evaluate import EvaluateConfig
 from raydistill.config.load import dump, from_command_line, run
 from raydistill.errors import ArtifactError, MissingArtifact, disk_full_explained
+from raydistill.evaluation.appearance import Sign
 from raydistill.evaluation.build import build_report
 from raydistill.evaluation.candidates import build_lineup
 from raydistill.evaluation.measures import Asked
@@ -26,7 +27,7 @@ from raydistill.evaluation.run import Setting
 from raydistill.models.codec import load_codec
 from raydistill.models.judge import Judge, load_judge
 from raydistill.models.text import WordVectors
-from raydistill.world import sprites
+from raydistill.world import degrade, sprites
 
 HELD_OUT = tuple(a for a in sprites.ALL if sprites.held_out(a))
 SWITCHES = {"update-readme": "put the table into README.md and the pictures into docs/"}
@@ -79,10 +80,12 @@ def make_setting(config: EvaluateConfig) -> Setting:
         codec=load_codec(config.codec),
         judge=judge,
         batch_size=config.batch_size,
+        sign=Sign(degrade.GLYPH, *degrade.watermark_box(sprites.SIZE, sprites.SIZE), degrade.OPACITY),
         identity={
             "codec": tree_digest(config.codec),
             "judge": digest,
             "world": tree_digest(sprites.__file__),
+            "sign": tree_digest(degrade.__file__),
             "reference_clips": config.reference_clips,
         },
     )
@@ -114,8 +117,10 @@ def main() -> None:
         print(f"skipped {one['what']}: {one['reason']}")
     print(f"\nreport: {output / 'report.html'}")
     if "update-readme" in switches:
-        publish_pictures({k: v for k, v in report.pictures.items() if k != "losses"}, "docs")
-        update_readme("README.md", (output / "report" / "table.md").read_text(encoding="utf-8"))
+        section = config.readme_section
+        docs = Path("docs") if section == "table" else Path("docs", section)
+        publish_pictures({k: v for k, v in report.pictures.items() if k != "losses"}, docs)
+        update_readme("README.md", (output / "report" / "table.md").read_text(encoding="utf-8"), section)
         print("README.md and docs/ hold this table and its pictures")
 
 

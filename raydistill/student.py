@@ -190,6 +190,11 @@ def load_student(
     return Student(card, fields, plans, schedule_from_dict(card.schedule))
 
 
+def is_lora(path: str | Path) -> bool:
+    """Whether a student can only be loaded with its teacher. Raises what `read_card` raises."""
+    return read_card(Path(path))[0].kind == "motion"
+
+
 def _experts(folder: Path, card: Card, teacher: Teacher | None, *, merged: bool) -> dict[str, Teacher]:
     """Load a student's networks by name; a motion student is a LoRA on its teacher."""
     if card.kind == "motion":

@@ -97,6 +97,9 @@ class EvaluateConfig:
     """Timing."""
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     """Strips and moving pictures."""
+    readme_section: str = "table"
+    """Where --update-readme puts the table: between <!-- NAME:begin --> and <!-- NAME:end -->; the pictures
+    go to docs/, of any other section than `table` to docs/NAME/."""
 
     def __post_init__(self):
         """Check ranges."""
@@ -112,6 +115,8 @@ class EvaluateConfig:
             counts = getattr(self, name)
             if any(count < 1 for count in counts) or len(set(counts)) < len(counts):
                 raise InvalidValue(name, counts, "different step counts, each at least 1")
+        if not re.fullmatch("[a-z]+", self.readme_section):
+            raise InvalidValue("readme_section", self.readme_section, "a name of a-z")
         for kind in self.students:
             if not re.fullmatch("[a-z0-9_]+", kind) or kind == "teacher":
                 raise InvalidValue("students", kind, "a name of a-z, 0-9, _; the teacher has its own field")

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from raydistill.artifacts import tree_digest
 from raydistill.config.evaluate import EvaluateConfig
-from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, TimeGrid
+from raydistill.consistency.schedule import Schedule, TimeGrid
 from raydistill.consistency.solver import guided
 from raydistill.errors import InvalidValue, MissingArtifact, SamplingError, StaleArtifact
 from raydistill.models.protocols import VelocityField
-from raydistill.models.teacher import load_teacher
+from raydistill.models.teacher import load_schedule, load_teacher
 from raydistill.sampler import Path, SamplingPlan, teacher_plan, with_head, with_tail
-from raydistill.student import Card, Student, load_student
+from raydistill.student import Card, Student, is_lora, load_student
 
 TWO_PASSES = "{} with two passes a step"
 TEACHER, TAIL, HEAD = "teacher", "semantic + teacher tail", "teacher head + detail"
@@ -97,6 +97,7 @@ class _Guide:
     field: VelocityField
     identity: Mapping[str, Any]
     guided: bool
+    schedule: Schedule
 
 
 def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lineup:
@@ -108,13 +109,13 @@ def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lin
     """
     scale = config.guidance_scale
     identity = {"teacher": tree_digest(config.teacher), "guidance_scale": scale}
-    plain = load_teacher(config.teacher)
-    teacher = _Guide(guided(plain, null_text, scale), identity, scale != 1)
+    plain = load_teacher(config.teacher).requires_grad_(False)
+    teacher = _Guide(guided(plain, null_text, scale), identity, scale != 1, load_schedule(config.teacher))
     candidates = [_teacher(teacher, steps, config.shift) for steps in config.teacher_steps]
     skipped = [
         Skipped(kind, f"no {kind} student given (students.{kind})")
         for kind in ("dual", "single")
-        if not config.students.get(kind)
+        if not config.students
     ]
     for kind, folders in config.students.items():
         for seed, folder in enumerate(folders):
@@ -135,7 +136,7 @@ def _teacher(teacher: _Guide, steps: int, shift: float) -> Candidate:
     plan = teacher_plan(steps, TimeGrid(steps, shift))
     fields = {"teacher": teacher.field}
     return Candidate(
-        TEACHER, f"teacher {steps}", plan, fields, RECTIFIED_FLOW, teacher.identity, teacher.guided
+        TEACHER, f"teacher {steps}", plan, fields, teacher.schedule, teacher.identity, teacher.guided
     )
 
 
@@ -144,7 +145,7 @@ def _of_student(
 ) -> Iterator[Candidate | Skipped]:
     """Every sampler that one student takes part in."""
     try:
-        student = load_student(folder)
+        student = load_student(folder, config.teacher if is_lora(folder) else None)
     except MissingArtifact as missing:
         if config.strict:
             raise
@@ -169,7 +170,8 @@ def _require_same_setting(config: EvaluateConfig, folder: str, card: Card, teach
     if card.sources.get("codec") not in (None, tree_digest(config.codec)):
         raise StaleArtifact(f"{folder} makes latents of another codec than {config.codec}")
     for name, own in (("guidance_scale", card.guidance_scale), ("shift", card.grid.shift)):
-        if own != getattr(config, name):
+        low, high = (card.guidance_range if name == "guidance_scale" else None) or (own, own)
+        if not low <= getattr(config, name) <= high:
             raise StaleArtifact(
                 f"{folder} was distilled with {name} {own:g}, the teacher is measured with "
                 f"{getattr(config, name):g}: set {name}={own:g}"

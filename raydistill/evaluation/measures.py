@@ -85,6 +85,26 @@ MEASURES = (
     Measure("sharpness", "sharpness", "one", 1, 2, "gradient energy over that of real clips"),
     Measure("near_black", "black %", "lower", 100, 1, "share of frames that are nearly black"),
     Measure(
+        "black_clip", "black clips %", "lower", 100, 1, "share of clips that are nearly black throughout"
+    ),
+    Measure(
+        "watermark",
+        "watermark",
+        "lower",
+        1,
+        2,
+        "opacity of the station's sign, over that in the poorest field videos",
+    ),
+    Measure(
+        "spectrum",
+        "spectrum",
+        "lower",
+        1,
+        2,
+        "decades between the power spectrum of the frames and that of real clips",
+    ),
+    Measure("vividness", "vividness", "one", 1, 2, "saturation of colours over that of real clips"),
+    Measure(
         "diversity",
         "diversity",
         "one",

@@ -12,11 +12,16 @@ from raydistill.artifacts import write_atomically
 from raydistill.errors import InvalidValue
 from raydistill.evaluation.measures import MEASURES, Measure
 
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 README_COLUMNS = (
     "frechet", "right/all", "path/direction", "path/speed_error", "path/jitter", "sharpness", "teacher/psnr"
 )  # fmt: skip
 WITH_INTERVAL = ("frechet", "right/all")
+LOOK_COLUMNS = (
+    "right/all", "right/direction", "right/speed", "path/direction", "sharpness", "watermark", "spectrum",
+    "vividness",
+)  # fmt: skip
+"""Of motion students: what their frames look like, and whether their motion is as asked."""
+LOOK_WITH_INTERVAL = ("right/all", "sharpness", "watermark")
 PICTURES = {"quality": "quality.png", "strips": "strips.png", "clips": "clips.gif", "losses": "losses.png"}
 DOCS_LIMIT_BYTES = 1_500_000
 
@@ -72,7 +77,9 @@ def _seconds(results: Results, row: Mapping[str, Any]) -> tuple[str, str]:
 
 def markdown_table(results: Results) -> str:
     """Write the README's table, with intervals for what the claims are about, then the claims."""
-    measures = shown_measures(results, README_COLUMNS)
+    look = any(row["group"].startswith("motion") for row in results["rows"])
+    measures = shown_measures(results, LOOK_COLUMNS if look else README_COLUMNS)
+    shown = LOOK_WITH_INTERVAL if look else WITH_INTERVAL
     lines = [
         "| " + " | ".join(["sampler", "passes", *(m.label for m in measures), "ms per clip"]) + " |",
         "|---" * (len(measures) + 3) + "|",
@@ -81,7 +88,7 @@ def markdown_table(results: Results) -> str:
         cells = []
         for measure in measures:
             value, interval = _cell(measure, row)
-            cells.append(f"{value} ({interval})" if interval and measure.name in WITH_INTERVAL else value)
+            cells.append(f"{value} ({interval})" if interval and measure.name in shown else value)
         passes = str(row["passes"]) if row["num_steps"] else "-"
         lines.append("| " + " | ".join([row["label"], passes, *cells, _seconds(results, row)[0]]) + " |")
     lines += [
@@ -147,13 +154,14 @@ def _inline(name: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def update_readme(readme: str | Path, table: str) -> None:
+def update_readme(readme: str | Path, table: str, section: str = "table") -> None:
     """Put the table between the README's markers. Raises InvalidValue unless both are there once."""
     text = Path(readme).read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise InvalidValue(str(readme), "no place for the table", f"lines {BEGIN} and {END}, once each")
+    begin, end = (f"<!-- {section}:{side} -->" for side in ("begin", "end"))
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise InvalidValue(str(readme), "no place for the table", f"lines {begin} and {end}, once each")
     new = re.sub(
-        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{table}{END}", text, flags=re.DOTALL
+        f"{re.escape(begin)}.*{re.escape(end)}", lambda _: f"{begin}\n{table}{end}", text, flags=re.DOTALL
     )
     write_atomically(readme, new.encode())
 

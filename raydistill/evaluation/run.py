@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from raydistill import consistency, draws, models, sampler
-from raydistill.evaluation import centroid, features, measures
+from raydistill import consistency, draws, keyed, models, sampler
+from raydistill.evaluation import appearance, centroid, features, measures
+from raydistill.evaluation.appearance import Sign
 from raydistill.evaluation.candidates import Candidate, Lineup
 from raydistill.evaluation.features import RandomFeatures
 from raydistill.evaluation.measures import Asked
@@ -44,6 +45,8 @@ class Setting:
     codec: VideoCodec
     judge: Judge | None
     batch_size: int
+    sign: Sign | None
+    """The watermark to look for; None: its figure is left out."""
     identity: Mapping[str, Any]
     """Codec, judge and real clips, for fingerprints."""
 
@@ -117,6 +120,12 @@ class Bench:
     def real_energy(self) -> float:
         """Mean gradient energy of the real clips."""
         return float(measures.gradient_energy(self.setting.real).mean())
+
+    @cached_property
+    def real_look(self) -> tuple[Float[np.ndarray, " radii"], float]:
+        """Mean log spectrum and saturation of the real clips."""
+        real = self.setting.real
+        return appearance.log_spectrum(real).mean(axis=0), float(appearance.saturation(real).mean())
 
     @cached_property
     def control(self) -> Record:
@@ -196,8 +205,21 @@ class Bench:
             values |= measures.attributes_right(logits, setting.judge.attributes, setting.asked)
         values["sharpness"] = measures.gradient_energy(frames) / self.real_energy
         values["near_black"] = measures.near_black(frames)
+        values |= self._look(frames)
         if len(set(setting.asked.captions)) < len(frames):
             values["diversity"] = measures.spread(seen, setting.asked.captions)
+        return values
+
+    def _look(self, frames: Frames) -> dict[str, Float[np.ndarray, " n"]]:
+        """Measure how frames look beside clean ones."""
+        spectrum, vivid = self.real_look
+        values = {
+            "spectrum": appearance.spectral_distance(frames, spectrum),
+            "vividness": appearance.saturation(frames) / vivid,
+            "black_clip": appearance.black_clip(frames),
+        }
+        if self.setting.sign is not None:
+            values["watermark"] = appearance.watermark(frames, self.setting.sign)
         return values
 
 
@@ -219,7 +241,10 @@ class _Anchor:
 def code_digest() -> str:
     """Digest of the sources that shape a record's numbers: changed code makes old records unknown."""
     packages = [Path(str(module.__file__)).parent for module in (consistency, models)]
-    files = [Path(str(module.__file__)) for module in (sampler, draws, centroid, features, measures)]
+    files = [
+        Path(str(module.__file__))
+        for module in (sampler, draws, keyed, centroid, features, measures, appearance)
+    ]
     return source_digest(
         [*(path for folder in packages for path in folder.glob("*.py")), *files, Path(__file__)]
     )

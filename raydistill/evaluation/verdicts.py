@@ -73,7 +73,27 @@ class Judgement:
 
     def all(self) -> list[Verdict]:
         """Every claim, whether or not its rows are there."""
+        return [*self._dual(), *self._motion()]
+
+    def _motion(self) -> list[Verdict]:
+        """What MCM's student must show beside the teacher of poor videos."""
+        label, best = "motion 4", self.best
+        if label not in self.rows:
+            return []
+        return [
+            self._apart("sharpness", "sharpness", label, best, "more than"),
+            self._apart("watermark", "watermark", label, best, "less than"),
+            self._accuracy(label, best, "at least", -2.0, "path/direction", "direction of the path right"),
+            self._accuracy(label, best, "at least", -2.0, "right/direction", "direction right by the judge"),
+            self._accuracy(label, best, "at least", -2.0, "right/speed", "speed right by the judge"),
+            self._accuracy(label, best, "at least", -2.0),
+        ]
+
+    def _dual(self) -> list[Verdict]:
+        """What DCM's two experts must show."""
         best = self.best
+        if self.only_motion:
+            return []
         return [
             self._frechet_ratio("dual 4", best, "at most", 1.1),
             self._frechet_ratio("dual 4", best, "at most", 1.1, less_null=True),
@@ -114,12 +134,34 @@ class Judgement:
         figure = intervals.ratio(above, below).estimate()
         return Verdict(claim, limit, side, "x", figure, self._seeds(label, other))
 
-    def _accuracy(self, label: str, other: str, side: Side, limit: float) -> Verdict:
-        claim = f"{label}: all attributes right, less {other}'s"
-        absent = self._absent([label, other], ALL_RIGHT)
+    @property
+    def only_motion(self) -> bool:
+        """Whether motion students are the only ones."""
+        kinds = {row.group for row in self.rows.values()} - {TEACHER, "reference"}
+        return bool(kinds) and all(kind.startswith("motion") for kind in kinds)
+
+    def _apart(self, measure: str, words: str, label: str, other: str, side: Side) -> Verdict:
+        claim = f"{label}: {words}, less {other}'s"
+        absent = self._absent([label, other], measure)
+        if absent:
+            return Verdict(claim, 0.0, side, "", None, absent)
+        apart = intervals.difference(*(self.rows[name].figures[measure] for name in (label, other)))
+        return Verdict(claim, 0.0, side, "", apart.estimate(), self._seeds(label, other))
+
+    def _accuracy(
+        self,
+        label: str,
+        other: str,
+        side: Side,
+        limit: float,
+        measure: str = ALL_RIGHT,
+        words: str = "all attributes right",
+    ) -> Verdict:
+        claim = f"{label}: {words}, less {other}'s"
+        absent = self._absent([label, other], measure)
         if absent:
             return Verdict(claim, limit, side, " points", None, absent)
-        apart = intervals.difference(*(self.rows[name].figures[ALL_RIGHT] for name in (label, other)))
+        apart = intervals.difference(*(self.rows[name].figures[measure] for name in (label, other)))
         figure = intervals.transform(apart, lambda share: 100 * share).estimate()
         return Verdict(claim, limit, side, " points", figure, self._seeds(label, other))
 
