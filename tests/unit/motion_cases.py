@@ -6,6 +6,7 @@ import torch
 
 from raydistill.config.distill import DistillConfig, EngineConfig, MixConfig, ScaleConfig, TargetConfig
 from raydistill.config.stages import AppearanceConfig, MotionConfig, ObjectiveConfig, OptimizerConfig
+from raydistill.experts.loop import distill
 from raydistill.experts.stages import Given, build_stage
 from raydistill.models.codec import build_tiny_codec
 from raydistill.models.frame_features import FrameNet
@@ -94,3 +95,32 @@ def _row(i):
 def plain(objective, **changed):
     """An objective of the consistency alone, with changes."""
     return replace(objective, **{"appearance": 0.0, "motion": 0.0, "consistency": 1.0, **changed})
+
+
+def outcome(folder, micro_batch, rank=0, num_workers=1, **engine):
+    """Train on one rank's share; return every role's weights and averages as arrays, and the first losses."""
+    config = config_of(folder, micro_batch=micro_batch, num_workers=num_workers, **engine)
+    stage, figures = stage_of(config), []
+    how = {"report_every": 1, "save_every": STEPS, "save": lambda step: None}
+    feed = batches(micro_batch, rank, num_workers)
+    distill(stage, feed, report=lambda step, values: figures.append(values), **how)
+    found = {role: one.weights() for role, one in stage.engines().items()}
+    found |= {f"slow {name}": slow.weights for name, slow in stage.slow_copies().items()}
+    stage.close()
+    losses = {key: value for key, value in figures[0].items() if key.startswith("loss/")}
+    arrays = {
+        role: {n: w.detach().numpy().copy() for n, w in weights.items()} for role, weights in found.items()
+    }
+    return arrays, losses
+
+
+def on_every_engine(folder):
+    """What one of two ranks ends with, by ZeRO stage and accumulation."""
+    import torch.distributed as dist
+
+    results = {}
+    for zero_stage, rounds in ((0, 1), (1, 4), (2, 1), (3, 4)):
+        micro = GLOBAL // 2 // rounds
+        engine = {"backend": "deepspeed", "zero_stage": zero_stage}
+        results[zero_stage, rounds] = outcome(folder, micro, dist.get_rank(), 2, **engine)
+    return results
