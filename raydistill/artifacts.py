@@ -232,7 +232,6 @@ class LatentStore:
         return type(self), (str(self.folder),)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return self._ends[-1] if self._ends else 0
 
     @property
@@ -256,7 +255,6 @@ class LatentStore:
         return [self._decode(groups[shard, group], at) for shard, group, at in places]
 
     def __iter__(self) -> Iterator[LatentRow]:
-        """Yield all rows in order."""
         for start in range(0, len(self), 64):
             yield from self.rows(range(start, min(start + 64, len(self))))
 

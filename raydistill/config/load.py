@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -228,6 +229,7 @@ def key_names(schema: type, prefix: str = "") -> tuple[str, ...]:
     return tuple(key for key, _, _ in walk(schema, prefix))
 
 
+@cache
 def field_docs(schema: type) -> dict[str, str]:
     """The docstring under each field, inherited ones too, on one line each; fields without are left out."""
     docs: dict[str, str] = {}

@@ -42,12 +42,14 @@ class _SpectralConv(nn.Module):
 
 
 class _Block(nn.Module):
-    """Convolution, norm over a frame's tokens, leaky ReLU."""
+    """Convolution, norm over a frame, leaky ReLU."""
 
     def __init__(self, width: int, kernel: int):
         super().__init__()
-        self.conv = _SpectralConv(width, width, kernel, bias=False)  # the norm would take it away
-        self.norm = nn.InstanceNorm1d(width, affine=True)
+        self.conv = _SpectralConv(width, width, kernel, bias=True)
+        # Over channels and tokens at once: a channel's own mean, which norms by channel take away, says most
+        # of how a frame looks.
+        self.norm = nn.GroupNorm(1, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.norm(self.conv(x)), 0.2)

@@ -26,7 +26,9 @@ class UNetField(nn.Module):
         dtype = self.network.conv_in.weight.dtype
         timestep = (TIMESTEPS * t.to(x_t.device, torch.float64)).round().long().sub(1).clamp(min=0)
         text = text.to(dtype)
-        if isinstance(self.network, UNetMotionModel):  # AnimateDiff's pipeline repeats the text; the other not
+        if isinstance(
+            self.network, UNetMotionModel
+        ):  # AnimateDiff's pipeline repeats the text; the other not
             text = text.repeat_interleave(x_t.shape[2], dim=0)
         prediction = self.network(x_t.to(dtype), timestep, text, return_dict=False)[0]
         return prediction.to(x_t.dtype)

@@ -6,11 +6,12 @@ Three lanes share the samples: `video` reads clips, `simulated` reads the same c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from raydistill import keyed
 from raydistill.errors import InvalidValue
-from raydistill.trajectories.plan import Plan, Source
+from raydistill.trajectories.plan import LONGEST_PERIOD, Plan, Source
 
 VIDEO, SIMULATED, RECORDED, IMAGE = "video", "simulated", "recorded", "image"
 
@@ -92,13 +93,12 @@ def build_lanes(
     What real_share and recorded_share leave is simulated. Raises InvalidValue for shares that are none, that
     need an artifact which is not given, or that no short period can keep.
     """
-    simulated_share = 1 - real_share - recorded_share
-    if not (0 <= real_share <= 1 and 0 <= recorded_share <= 1 and simulated_share > -1e-9):
-        shares = (real_share, recorded_share)
-        raise InvalidValue("real_share, recorded_share", shares, "in [0, 1], 1 at most together")
+    simulated_share = _rest(real_share, recorded_share)
     if recorded_share > 0 and recorded is None:
         raise InvalidValue("recorded_share", recorded_share, "0, or an artifact of recorded paths")
-    weights = ((VIDEO, real_share, video), (SIMULATED, round(simulated_share, 9), video))
+    if images is not None and images_per_step < 1:
+        raise InvalidValue("images_per_step", images_per_step, "at least 1 where there are images")
+    weights = ((VIDEO, real_share, video), (SIMULATED, simulated_share, video))
     weights += ((RECORDED, recorded_share, recorded or video),)
     sources = tuple(
         Source(name=name, num_rows=rows.count, weight=weight, digest=rows.digest)
@@ -111,3 +111,16 @@ def build_lanes(
         return Lanes(plan=plan)
     source = Source(name=IMAGE, num_rows=images.count, digest=images.digest)
     return Lanes(plan=plan, images=Plan(seed=seed, global_batch=images_per_step, sources=(source,)))
+
+
+def _rest(*shares: float) -> float:
+    """Return what shares leave of 1. Raises InvalidValue.
+
+    They are taken as the fractions they stand for, as a plan takes them: 1/3 and 1/3 leave a third, and 0.7
+    and 0.3 leave nothing, not a rounding error that would be a lane.
+    """
+    if all(0 <= share <= 1 for share in shares):
+        rest = 1 - sum(Fraction(share).limit_denominator(LONGEST_PERIOD) for share in shares)
+        if rest >= 0:
+            return float(rest)
+    raise InvalidValue("real_share, recorded_share", shares, "in [0, 1], 1 at most together")

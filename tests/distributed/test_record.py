@@ -1,7 +1,9 @@
 """A teacher's paths recorded by a pool of actors: whole, resumable, refused where they do not belong."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -20,8 +22,8 @@ from raydistill.models.teacher import load_teacher
 from raydistill.models.text import WordVectors, null_text
 from raydistill.shards import write_artifact
 from raydistill.trajectories.record.flow import record_trajectories
-from raydistill.trajectories.record.recorder import asked_of_paths
-from raydistill.trajectories.store import TrajectoryStore
+from raydistill.trajectories.record.recorder import Recorder, Told, asked_of_paths, identity_of, shards_of
+from raydistill.trajectories.store import TrajectoryStore, node_column
 
 pytestmark = pytest.mark.distributed
 GRID = GridConfig(num_intervals=4)
@@ -53,7 +55,7 @@ def made(cluster, tmp_path_factory):
 
 def config(folder, **changed):
     fields = {"teacher": str(folder / "teacher"), "num_paths": 5, "guidance_range": (1.5, 3.0), "grid": GRID}
-    return RecordConfig(**{**fields, "paths_per_shard": 2, "batch_size": 2, **changed})
+    return RecordConfig(**{**fields, "paths_per_shard": 2, "batch_size": 2, "num_actors": 2, **changed})
 
 
 def test_a_recorded_pair_is_a_step_of_the_guided_teacher(made):
@@ -81,34 +83,60 @@ def test_a_stopped_run_goes_on_and_a_finished_one_does_nothing(made):
     folder, path = made
     before = {f.name: f.stat().st_mtime_ns for f in path.glob("*.parquet")}
     fingerprint = TrajectoryStore(path).fingerprint
-    (path / "paths-00001.manifest.json").unlink()
+    (path / "paths-0000002-0000003.manifest.json").unlink()
     (path / "manifest.json").unlink()
     seen = []
     again = record_trajectories(config(folder), folder / "latents", folder / "paths", report=seen.append)
     assert again == path
     assert seen == [3, 5]
     after = {f.name: f.stat().st_mtime_ns for f in path.glob("*.parquet")}
-    assert [name for name in before if before[name] != after[name]] == ["paths-00001.parquet"]
+    assert [name for name in before if before[name] != after[name]] == ["paths-0000002-0000003.parquet"]
     assert TrajectoryStore(path).fingerprint == fingerprint
     seen.clear()
     record_trajectories(config(folder), folder / "latents", folder / "paths", report=seen.append)
     assert seen == [5]
 
 
-def test_batch_size_shards_and_the_teachers_place_are_not_what_paths_are_made_of(made):
+def test_a_path_depends_on_its_number_alone(made):
     folder, path = made
-    ours = TrajectoryStore(path)
-    other = record_trajectories(
-        config(folder, batch_size=5, num_actors=2),
-        folder / "latents",
-        folder / "other",
-        report=lambda n: None,
-    )
-    theirs = TrajectoryStore(other)
-    assert theirs.manifest.identity == ours.manifest.identity
+    store = TrajectoryStore(path)
+    whole = recorded(folder, path, config(folder, batch_size=5), range(5))
+    alike = recorded(folder, path, config(folder), range(2, 4))
     for i in range(5):
-        pairs = [torch.from_numpy(store.pair(i, 2)[1].copy()) for store in (ours, theirs)]
-        torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
+        for k in range(4):
+            x_r = store.pair(i, k)[1]
+            np.testing.assert_allclose(
+                whole[i][k + 1], x_r, rtol=1e-4, atol=1e-5
+            )  # batches round differently
+            if i in (2, 3):
+                np.testing.assert_array_equal(alike[i - 2][k + 1], x_r)
+
+
+def recorded(folder, path, settings, numbers):
+    """States of paths, (path, node, c, f, h, w), followed in this process."""
+    told = Told(settings, str(folder / "latents"), str(path), TrajectoryStore(path).manifest.identity)
+    rows = Recorder(told).record(numbers)
+    states = [[np.frombuffer(row[f"{node_column(k)}_bytes"], np.float32) for k in range(5)] for row in rows]
+    return np.array(states).reshape(len(rows), 5, *SHAPE)
+
+
+def test_batches_actors_shards_and_the_teachers_place_are_not_what_paths_are_made_of(made, tmp_path):
+    folder, path = made
+    shutil.copytree(folder / "teacher", tmp_path / "moved")
+    how = {"batch_size": 5, "num_actors": 1, "paths_per_shard": 4, "teacher": str(tmp_path / "moved")}
+    latents, identity = LatentStore(folder / "latents"), TrajectoryStore(path).manifest.identity
+    assert identity_of(config(folder, **how), latents) == identity
+    for changed in ({"seed": 1}, {"dtype": "float16"}, {"num_paths": 6}, {"guidance_range": (1.5, 2.0)}):
+        assert identity_of(config(folder, **changed), latents) != identity
+
+
+def test_a_shards_name_means_the_same_paths_under_every_division(made):
+    folder, _ = made
+    meant = {}
+    for per in range(1, 9):
+        shards = shards_of(config(folder, num_paths=7, paths_per_shard=per))
+        assert [n for part in shards.values() for n in part] == list(range(7))
+        assert all(meant.setdefault(name, part) == part for name, part in shards.items())
 
 
 def test_paths_of_another_teacher_guidance_or_grid_are_refused(made, tmp_path):

@@ -1,6 +1,7 @@
 """The mix of lanes: exact at every prefix, the same on any number of workers, images in step with it."""
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_what_shapes_the_mix_is_in_its_state():
 def test_shares_that_are_none_are_refused(real, recorded):
     with pytest.raises(InvalidValue, match="1 at most together"):
         build_lanes(0, 24, VIDEO, real_share=real, recorded_share=recorded, recorded=PATHS)
+
+
+@given(st.integers(1, 60), st.data())
+def test_shares_are_the_fractions_they_stand_for(whole, data):
+    real = data.draw(st.integers(0, whole))
+    recorded = data.draw(st.integers(0, whole - real))
+    lanes = build_lanes(
+        0, 24, VIDEO, real_share=real / whole, recorded_share=recorded / whole, recorded=PATHS
+    )
+    parts = {"video": real, "recorded": recorded, "simulated": whole - real - recorded}
+    assert lanes.plan.proportions == {name: Fraction(n, whole) for name, n in parts.items() if n}
+
+
+def test_an_image_lane_without_images_per_step_is_refused():
+    with pytest.raises(InvalidValue, match="images_per_step"):
+        build_lanes(0, 24, VIDEO, images=IMAGES)
 
 
 def test_recorded_paths_need_an_artifact():

@@ -100,7 +100,7 @@ def test_a_refused_command_leaves_the_settings_of_the_run_alone(distill, run_dir
     (run_dir / SETTINGS).write_text("the settings of this run", encoding="utf-8")
     stranger = DistillConfig(output=str(run_dir), semantic=StageConfig(**SIZES), detail=DetailConfig(**SIZES))
     with pytest.raises(IncompatibleCheckpoint, match="belongs to another run"):
-        distill.distil(stranger, Latents(), {"teacher": "1" * 64})
+        distill.distil(stranger, distill.Stores(Latents()), {"teacher": "1" * 64})
     assert (run_dir / SETTINGS).read_text(encoding="utf-8") == "the settings of this run"
     assert not (run_dir / "student").exists()
 

@@ -1,5 +1,7 @@
 """The feed of several lanes: clips, captions alone, recorded paths, and images beside them."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -233,6 +235,15 @@ def test_a_damaged_path_is_replaced_and_noted(stores, tmp_path, caplog):
     assert "damaged row" in caplog.text
     found, whole = samples([batches]), samples(read(lanes, stores))
     assert {g for g in found if found[g] != whole[g]} == set(bad)
+
+
+def test_a_loader_draws_intervals_without_torch():
+    check = (
+        "import sys; from raydistill.trajectories import loader; from raydistill.trajectories.lanes import *; "
+        "print(Intervals(9, 1, 3)([0, 1, 2]), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{INTERVALS([0, 1, 2])} False"
 
 
 def test_a_path_of_the_same_name_but_other_sizes_is_refused(stores, tmp_path):

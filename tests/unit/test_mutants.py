@@ -43,8 +43,8 @@ AVERAGE = "raydistill.consistency.average"
 SAMPLER = "raydistill.sampler"
 SEMANTIC = "raydistill.experts.semantic"
 DETAIL = "raydistill.experts.detail"
-STAGES = "raydistill.experts.stages"
-EXPERT = "raydistill.models.expert"
+AVERAGES = "raydistill.experts.averages"
+LORA = "raydistill.models.lora"
 
 # One row, one line.  # ruff: noqa: E501, RUF100
 # fmt: off
@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant("real and fake swapped", LOSSES, "torch.relu(1 + widen(x))", "torch.relu(1 - widen(x))", "property/test_laws_of_losses.py::test_hinges_push_apart_and_pull_back"),
     Mutant("moving average forgotten", AVERAGE, "target.lerp_(source.to(target), 1 - decay)", "pass", "property/test_laws_of_losses.py::test_moving_average_closed_form"),
     Mutant("decay and its complement swapped", AVERAGE, "source.to(target), 1 - decay)", "source.to(target), decay)", "unit/test_average.py::test_one_step_by_hand"),
-    Mutant("averages start from step 1 at full decay", STAGES, "mu = min(decay, (1 + self.engine.steps) / (10 + self.engine.steps))", "mu = decay", "unit/test_stages.py::test_averages_follow_their_closed_form"),
-    Mutant("merged LoRA forgets the branch", EXPERT, "base.weight + layer.get_delta_weight", "base.weight + 0 * layer.get_delta_weight", "unit/test_expert.py::test_merged_lora_computes_the_same_and_leaves_the_semantic_expert_alone"),
+    Mutant("averages start from step 1 at full decay", AVERAGES, "mu = min(self.decay, (1 + steps) / (10 + steps))", "mu = self.decay", "unit/test_stages.py::test_averages_follow_their_closed_form"),
+    Mutant("merged LoRA forgets the branch", LORA, "base.weight + delta", "base.weight + 0 * delta", "unit/test_expert.py::test_merged_lora_computes_the_same_and_leaves_the_semantic_expert_alone"),
     Mutant("no_grad dropped from the target", SEMANTIC, "with torch.no_grad():", "if True:", "unit/test_draws_of_the_loss.py::test_only_the_student_gets_gradients"),
     Mutant("target is the teacher", SEMANTIC, "nets.target(x_r, r, text)", "nets.teacher(x_r, r, text)", "unit/test_draws_of_the_loss.py::test_the_goal_is_the_targets_jump_from_one_teacher_step_nearer_the_data"),
     Mutant("critic's inputs noised as if they were clean", DETAIL, "return renoise(leaf, noise, a, s), renoise(pair.goal, noise, a, s), a", "return renoise(leaf, noise, a, 0 * s), renoise(pair.goal, noise, a, 0 * s), a", "unit/test_draws_of_the_loss.py::test_against_the_target_both_take_the_straight_line_from_the_segments_end_with_one_noise"),

@@ -13,7 +13,7 @@ from raydistill.artifacts import LatentStore, Manifest, fingerprint
 from raydistill.config.prepare import RecordConfig
 from raydistill.flow import ours_unwrapped
 from raydistill.shards import point_to, whole_shard, write_artifact
-from raydistill.trajectories.record.recorder import Recorder, Told, identity_of
+from raydistill.trajectories.record.recorder import Recorder, Told, identity_of, shards_of
 from raydistill.trajectories.store import POINTER, TrajectoryStore
 
 
@@ -29,10 +29,7 @@ def record_trajectories(
     made = fingerprint(identity)
     folder = Path(output).resolve() / made[:12]
     told = Told(config, str(store.folder.resolve()), str(folder), identity)
-    shards = {
-        f"paths-{order:05d}": range(start, min(start + config.paths_per_shard, config.num_paths))
-        for order, start in enumerate(range(0, config.num_paths, config.paths_per_shard))
-    }
+    shards = shards_of(config)
     done = {name: found for name in shards if (found := whole_shard(folder, name, identity))}
     count = sum(len(shards[name]) for name in done)
     report(count)

@@ -40,6 +40,17 @@ def identity_of(config: RecordConfig, latents: LatentStore) -> dict[str, Any]:
     }
 
 
+def shards_of(config: RecordConfig) -> dict[str, range]:
+    """Name each shard for the paths it holds, in order.
+
+    The division is no part of the identity, so a name must mean the same paths under every division: a
+    finished shard is kept for what its name says.
+    """
+    starts = range(0, config.num_paths, config.paths_per_shard)
+    parts = [range(start, min(start + config.paths_per_shard, config.num_paths)) for start in starts]
+    return {f"paths-{part.start:07d}-{part[-1]:07d}": part for part in parts}
+
+
 def asked_of_paths(teacher: str | Path, guidance_range: Sequence[float], grid: Any) -> dict[str, Any]:
     """Return the part of an identity that a run must share; `grid` has num_intervals, shift and last."""
     return {
