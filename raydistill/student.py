@@ -1,8 +1,9 @@
 """The distilled student on disk: weights, how to sample with them, and what they were made from.
 
 A folder: `semantic/` (diffusers' own layout), `detail.safetensors` (what the detail expert adds) or `detail/`
-(a whole second network), and `student.json`, written last, with the sha256 of every other file and of
-itself.
+(a whole second network); of a motion student only its LoRA, `pytorch_lora_weights.safetensors`, which
+diffusers' pipelines load over the teacher. And `student.json`, written last, with the sha256 of every other
+file and of itself.
 """
 
 import json
@@ -169,8 +170,9 @@ def load_student(
 ) -> Student:
     """Load a student onto `device`; with the teacher's folder also plans with a teacher's tail can run.
 
-    merged: LoRA is folded into attention weights of the detail expert's own, the fastest form. False keeps
-    base and branch apart: bit-equal to what was trained, smaller in memory.
+    A motion student is nothing without its teacher's folder (MissingArtifact).
+    merged: LoRA is folded into weights of the student's own, the fastest form. False keeps base and branch
+    apart: bit-equal to what was trained, smaller in memory.
     Raises what `read_card` raises. The teacher must be the one it was distilled from (StaleArtifact).
     """
     folder = Path(path)

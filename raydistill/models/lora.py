@@ -5,6 +5,7 @@ off, so the network below cannot change, and memory holds it once.
 """
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,10 +14,11 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, WanLoraLoaderMixin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raydistill.errors import CorruptArtifact
+from raydistill.errors import CorruptArtifact, MissingArtifact
 from raydistill.models.teacher import Teacher
 from raydistill.models.unet import UNetField
 from raydistill.models.wan import WanField
@@ -131,13 +133,27 @@ def targets_of_lora(student: Teacher) -> list[str]:
 
 
 def load_lora(teacher: Teacher, folder: Path, rank: int, alpha: float) -> Teacher:
-    """Rebuild what `save_lora` wrote, over its teacher. Raises CorruptArtifact for other layers."""
+    """Rebuild what `save_lora` wrote, frozen, over its teacher.
+
+    Raises MissingArtifact without FILE, CorruptArtifact for other layers, another rank or another alpha.
+    """
+    path, prefix = Path(folder) / FILE, "unet" if isinstance(teacher, UNetField) else "transformer"
+    if not path.is_file():
+        raise MissingArtifact(f"no LoRA at {path}: copy the student again")
     student = add_lora(teacher, rank, alpha, seed=0)
-    prefix = "unet." if isinstance(teacher, UNetField) else "transformer."
-    state = {name.removeprefix(prefix): x for name, x in load_file(Path(folder) / FILE).items()}
+    state = {name.removeprefix(f"{prefix}."): x for name, x in load_file(path).items()}
     own = lora_state(student)
     if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
-        raise CorruptArtifact(f"{Path(folder) / FILE} is not a LoRA of rank {rank} on this teacher's layers")
+        raise CorruptArtifact(f"{path} is not a LoRA of rank {rank} on this teacher's layers")
+    if (told := _alpha_in(path, prefix)) not in (None, alpha):
+        raise CorruptArtifact(f"{path} was trained with alpha {told}, not {alpha}")
     for name, weight in own.items():
         weight.copy_(state[name])
     return student.requires_grad_(False).eval()
+
+
+def _alpha_in(path: Path, prefix: str) -> float | None:
+    """Alpha as diffusers writes it beside the weights; None where the file has none."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return about.get(f"{prefix}.lora_alpha")

@@ -130,11 +130,10 @@ def test_batches_actors_shards_and_the_teachers_place_are_not_what_paths_are_mad
         assert identity_of(config(folder, **changed), latents) != identity
 
 
-def test_a_shards_name_means_the_same_paths_under_every_division(made):
-    folder, _ = made
+def test_a_shards_name_means_the_same_paths_under_every_division(tmp_path):
     meant = {}
     for per in range(1, 9):
-        shards = shards_of(config(folder, num_paths=7, paths_per_shard=per))
+        shards = shards_of(config(tmp_path, num_paths=7, paths_per_shard=per))
         assert [n for part in shards.values() for n in part] == list(range(7))
         assert all(meant.setdefault(name, part) == part for name, part in shards.items())
 

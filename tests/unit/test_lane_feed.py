@@ -239,7 +239,7 @@ def test_a_damaged_path_is_replaced_and_noted(stores, tmp_path, caplog):
 
 def test_a_loader_draws_intervals_without_torch():
     check = (
-        "import sys; from raydistill.trajectories import loader; from raydistill.trajectories.lanes import *; "
+        "import sys; from raydistill.trajectories.loader import Intervals; "
         "print(Intervals(9, 1, 3)([0, 1, 2]), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

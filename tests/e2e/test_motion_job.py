@@ -1,0 +1,164 @@
+"""A motion student from files to figures: poor videos, good images, recorded paths, workers, refusals."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from job_cases import ROOT, job
+from motion_cases import teacher
+from safetensors.torch import load_file
+
+from raydistill.models.codec import build_tiny_codec
+from raydistill.models.frame_features import FrameNet
+from raydistill.student import load_student
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Untrained networks; latents of poor videos and of images; recorded paths."""
+    folder = tmp_path_factory.mktemp("motion")
+    teacher().network.save_pretrained(folder / "teacher")
+    build_tiny_codec(0, width=8).save(folder / "codec")
+    torch.manual_seed(0)
+    FrameNet({"shape": 3}, widths=(8, 8, 8, 8)).save(folder / "features")
+    for kind, name in (("sprites", "videos"), ("sprite_images", "images")):
+        files = [f"source.kind={kind}", f"source.path={folder}/{name}-files", "source.num_clips=12"]
+        poor = ["source.severity=1"] if name == "videos" else []
+        job("prepare", f"output={folder}/{name}", f"encode.codec={folder}/codec", *files, *poor)
+    said = job("prepare", f"output={folder}/paths", *recording(folder))
+    assert "trajectories: " in said
+    return folder
+
+
+def recording(folder):
+    record = {
+        "teacher": f"{folder}/teacher",
+        "num_paths": 6,
+        "paths_per_shard": 3,
+        "guidance_range": "[1.5,2.5]",
+    }
+    record |= {"grid.num_intervals": 5}
+    source = ["source.kind=trajectories", f"source.path={folder}/videos"]
+    return [*source, *(f"record.{key}={value}" for key, value in record.items())]
+
+
+def settings(folder, name, *more):
+    stage = {
+        "num_steps": STEPS,
+        "global_batch": 8,
+        "micro_batch": 2,
+        "optimizer.warmup_steps": 1,
+        "lora_rank": 2,
+    }
+    stage |= {"objective.appearance": 0.5, "appearance.features": f"{folder}/features"}
+    stage |= {"appearance.images_per_step": 4, "appearance.channels": 8}
+    inputs = {"teacher": f"{folder}/teacher", "codec": f"{folder}/codec", "data": f"{folder}/videos"}
+    inputs |= {
+        "images": f"{folder}/images",
+        "mix.trajectories": f"{folder}/paths",
+        "output": f"{folder}/{name}",
+    }
+    mix = {"mix.real_share": 0.5, "mix.recorded_share": 0.25, "guidance_range": "[1.5,2.5]"}
+    run = {"experts": "motion", "grid.num_intervals": 5, "report_every": 1, "save_every": 2}
+    run |= {"sampling.num_steps": "[1,2,4]"}
+    given = {**inputs, **mix, **run, **{f"motion.{key}": value for key, value in stage.items()}}
+    return [*(f"{key}={value}" for key, value in given.items()), *more]
+
+
+def figures(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: {k: v for k, v in line.items() if k.startswith("loss/")} for line in lines}
+
+
+@pytest.fixture(scope="module")
+def two(made):
+    """A student trained by two workers under ZeRO 2."""
+    job("distill", *settings(made, "two", "scale.num_workers=2", "engine.zero_stage=2"))
+    return made / "two"
+
+
+def test_a_student_that_a_diffusers_pipeline_could_load(made, two):
+    state = load_file(two / "student" / "pytorch_lora_weights.safetensors")
+    assert state
+    assert all(key.startswith("transformer.") and ".lora_" in key for key in state)
+    assert max(float(w.abs().max()) for k, w in state.items() if "lora_B" in k) > 0  # something was learnt
+    student = load_student(two / "student", made / "teacher")
+    assert (student.kind, student.card.guidance_range, list(student.plans)) == (
+        "motion",
+        (1.5, 2.5),
+        ["1", "2", "4"],
+    )
+    x, text = torch.randn(2, 4, 16, 4, 4), torch.randn(2, 8, 32)
+    assert student.fields["semantic"](x, torch.tensor([0.9, 0.2]), text).shape == x.shape
+
+
+def test_one_worker_under_zero_3_sees_the_same_losses(made, two):
+    alone = ["scale.num_workers=1", "motion.micro_batch=4", "engine.zero_stage=3", "motion.num_steps=2"]
+    job("distill", *settings(made, "one", *alone))
+    ours, theirs = figures(made / "one"), figures(two)
+    names = {"motion", "motion_head", "appearance", "image_critic_real", "image_critic_fake"}
+    assert {key.removeprefix("loss/") for key in theirs[1]} == names
+    for key, value in theirs[1].items():
+        assert ours[1][key] == pytest.approx(value, rel=1e-4), key
+    assert set(theirs) == set(range(1, STEPS + 1))
+
+
+def test_a_finished_run_is_not_trained_again(made, two):
+    before = (two / "metrics.jsonl").read_bytes()
+    said = job("distill", *settings(made, "two", "scale.num_workers=2", "engine.zero_stage=2"))
+    assert (two / "metrics.jsonl").read_bytes() == before
+    assert "student: " in said
+
+
+def test_it_is_measured_beside_its_teacher(made, two):
+    inputs = [f"teacher={made}/teacher", f"codec={made}/codec", f"students.motion=[{two}/student]"]
+    sizes = ["num_clips=4", "reference_clips=8", "num_draws=20", "teacher_steps=[5]", "student_steps=[4,2]"]
+    sizes += ["judge=none", "latency.rounds=0", f"output={made}/evaluation"]
+    job("evaluate", *inputs, *sizes)
+    table = (made / "evaluation" / "report" / "table.md").read_text()
+    head = re.search(r"\| sampler .*", table)
+    assert head is not None
+    assert all(name in head[0] for name in ("sharpness", "watermark", "spectrum", "vividness"))
+    assert "| motion 4 | 4 |" in table
+    assert "motion 4: watermark, less teacher 5's" in table
+    assert "dual" not in table
+
+
+REFUSED = {
+    "an artifact of images": ["images=", "motion.objective.appearance=1"],
+    "holds clips of 16 latent frames, not images": ["images={folder}/videos"],
+    "no feature net at": ["motion.appearance.features={folder}/nowhere"],
+    "guidance_range": ["guidance_range=[1.5,3.5]"],
+    "mix.real_share": ["mix.real_share=1.5"],
+    "is not there": ["mix.trajectories={folder}/nowhere"],
+    "not trajectories": ["mix.trajectories={folder}/videos"],
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_starts(made, said):
+    command = [sys.executable, str(ROOT / "jobs" / "distill.py")]
+    changed = [value.format(folder=made) for value in REFUSED[said]]
+    done = subprocess.run(
+        [*command, *settings(made, "refused", *changed)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 4
+    assert not (made / "refused").exists()
+
+
+def test_images_without_captions_are_counted_and_refused(made, tmp_path):
+    for path in sorted((made / "images-files").glob("*.png"))[:3]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    command = [sys.executable, str(ROOT / "jobs" / "prepare.py"), f"output={tmp_path}/out"]
+    command += ["source.kind=images", f"source.path={tmp_path}", f"encode.codec={made}/codec"]
+    done = subprocess.run([*command, "source.caption_policy=error"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "3 files have no caption" in done.stderr
