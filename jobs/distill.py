@@ -28,7 +28,7 @@ from raydistill.experts.tracking import require_installed
 from raydistill.experts.worker import SETTINGS, Run, load_result, settings_of, train
 from raydistill.models.frame_critic import pool_text
 from raydistill.models.frame_features import load_frame_features
-from raydistill.models.teacher import load_schedule, load_teacher, read_schedule, require_fit
+from raydistill.models.teacher import load_teacher, read_schedule, require_fit
 from raydistill.sampler import SamplingPlan, build_plan, plan_lcm, plan_times, with_tail
 from raydistill.student import Card, save_student
 from raydistill.trajectories.flow import feed, iter_batches
@@ -111,8 +111,9 @@ def mean_captions(config: DistillConfig, stores: Stores) -> tuple[torch.Tensor, 
 
 
 def _mean_caption(store: LatentStore, count: int) -> torch.Tensor:
-    count = min(count, len(store), CAPTIONS_READ)
-    rows = (store.row(k * len(store) // count if count == CAPTIONS_READ else k) for k in range(count))
+    most = min(count, len(store))
+    read = min(most, CAPTIONS_READ)
+    rows = store.rows([k * most // read for k in range(read)])
     return pool_text(torch.stack([torch.from_numpy(row.text.copy()) for row in rows])).mean(dim=0)
 
 
@@ -205,7 +206,10 @@ def check(config: DistillConfig, stores: Stores, *, analyse: bool = False) -> di
     stores.video.require_codec(codec)
     row = stores.video.row(0)
     require_fit(config.teacher, row.latents.shape, row.text.shape)
-    load_schedule(config.teacher)
+    if read_schedule(config.teacher) and config.experts == "dual":
+        raise InvalidValue(
+            "experts", "dual", "motion, single or dual_full: the detail branch is a transformer's"
+        )
     digests = {"teacher": tree_digest(config.teacher), "codec": codec, **stores.digests}
     if analyse:
         return digests

@@ -44,6 +44,13 @@ def test_a_constant_clip_is_all_low(seed, size):
     torch.testing.assert_close(high_frequency(x), torch.zeros_like(x))
 
 
+def test_a_checkerboard_is_all_high():
+    sign = (-1.0) ** torch.arange(4, dtype=torch.float64)
+    board = (sign[:, None] * sign).expand(1, 2, 4, 4, 4)
+    assert low_frequency(board).abs().max() < 1e-3
+    torch.testing.assert_close(high_frequency(board), board, rtol=1e-3, atol=1e-3)
+
+
 @few
 @given(seeds, sizes, st.sampled_from([2, 3, 4]), st.integers(-3, 3))
 def test_filters_follow_a_clip_that_is_shifted_around(seed, size, dim, by):

@@ -43,6 +43,8 @@ AVERAGE = "raydistill.consistency.average"
 SAMPLER = "raydistill.sampler"
 SEMANTIC = "raydistill.experts.semantic"
 DETAIL = "raydistill.experts.detail"
+MOTION = "raydistill.consistency.motion"
+PLAN = "raydistill.trajectories.plan"
 AVERAGES = "raydistill.experts.averages"
 LORA = "raydistill.models.lora"
 
@@ -76,6 +78,14 @@ MUTANTS = [
     Mutant("another noise for the real side", DETAIL, "renoise(pair.goal, noise, a, s), a", "renoise(pair.goal, noise.flip(0), a, s), a", "unit/test_draws_of_the_loss.py::test_against_the_target_both_take_the_straight_line_from_the_segments_end_with_one_noise"),
     Mutant("critic asks the teacher again", DETAIL, "CriticInputs([m.detach() for m in fake_maps], real_maps, a)", "CriticInputs([m.detach() for m in judges.teacher.features(fake, a, batch.text, judges.blocks)[0]], real_maps, a)", "unit/test_draws_of_the_loss.py::test_the_critics_turn_reuses_features_and_reaches_the_critic_alone"),
     Mutant("straight line instead of the exact variance", DETAIL, "fake = diffuse(leaf, noise, a, s, segment.schedule)", "fake = renoise(leaf, noise, a, s)", "unit/test_draws_of_the_loss.py::test_against_data_a_perfect_students_sample_is_as_noisy_as_the_real_one"),
+    Mutant("recorded state is read as a clean clip", SEMANTIC, "return torch.where(_over(_of(batch, Origin.RECORDED), x_t), batch.latents, x_t)", "return x_t", "unit/test_motion_draws.py::test_a_recorded_state_is_where_the_path_is"),
+    Mutant("data left in the noise at t = 1", SEMANTIC, "x_t = torch.where(_over(t >= 1, x_t), noise, x_t)", "pass", "unit/test_motion_draws.py::test_at_full_noise_the_start_is_noise_alone_on_every_schedule"),
+    Mutant("simulated samples start at the video", SEMANTIC, "torch.where(_over(mine[rows], x0), made, x0)", "x0", "unit/test_motion_draws.py::test_simulated_samples_start_at_the_students_own_clip_of_the_caption"),
+    Mutant("one guidance scale for all", SEMANTIC, "return low + (high - low) * draws.uniform(self.seed, index, \"guidance\")", "return low + 0 * index.double()", "unit/test_motion_draws.py::test_every_sample_has_a_guidance_scale_of_its_own"),
+    Mutant("onlookers' gradient lost", SEMANTIC, "total = total + through - through.detach()", "pass", "unit/test_motion_draws.py::test_what_an_onlooker_says_reaches_the_student_as_a_term_would"),
+    Mutant("low-pass lets everything through", MOTION, "return 1 / (1 + (square / CUTOFF**2) ** ORDER)", "return 1 + 0 * square", "property/test_laws_of_motion.py::test_a_checkerboard_is_all_high"),
+    Mutant("correlation of a frame with itself", MOTION, "x[:, :, :-1] / math.sqrt(x.shape[1]), x[:, :, 1:]", "x[:, :, 1:] / math.sqrt(x.shape[1]), x[:, :, 1:]", "property/test_laws_of_motion.py::test_correlations_peak_at_a_sprites_displacement"),
+    Mutant("a turn is one sample whatever its unit", PLAN, "turn, within = divmod(g, self.unit)", "turn, within = g, 0", "property/test_lane_laws.py::test_per_step_a_step_has_one_lane_and_steps_are_shared_exactly"),
     Mutant("goal is x0, not x at the boundary", SEMANTIC, "torch.full_like(t, self.lower)", "torch.zeros_like(t)", "unit/test_draws_of_the_loss.py::test_times_stay_inside_the_segment_and_reach_every_interval"),
 ]
 # fmt: on
