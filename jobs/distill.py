@@ -253,6 +253,7 @@ def require_recorded(config: DistillConfig, recorded: TrajectoryStore, clips: La
     scale = config.guidance_scale
     low, high = config.guidance_range or (scale, scale)
     recorded.require_run(asked_of_paths(config.teacher, (low, high), config.grid))
+    recorded.require_run({"models": clips.manifest.identity.get("models", {})})
     row, path = clips.row(0), recorded.row(0)
     if (row.latents.shape, row.text.shape) != (path.latents.shape, path.text.shape):
         raise StaleArtifact(f"{recorded.folder} holds paths of other sizes than {clips.folder}: record again")

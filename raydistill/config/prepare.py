@@ -163,8 +163,8 @@ class RecordConfig:
     """Nodes at which the path's states are kept. A run must have the same grid."""
     seed: int = 0
     """Keys noise and guidance with the path's number."""
-    paths_per_shard: int = 64
-    """A shard is what a stopped run has to do again."""
+    paths_per_shard: int = 16
+    """A shard is what a stopped run has to do again, and what a recorder holds in memory, with all nodes."""
     dtype: Literal["float32", "float16"] = "float32"
     """How states are stored; readers always get float32."""
     batch_size: int = 16

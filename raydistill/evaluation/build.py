@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,8 @@ from raydistill.evaluation.run import (
     latency_calls,
     time_in_turn,
 )
-from raydistill.evaluation.summary import CONTROL, ROUND_TRIP, Summary, rows_of
-from raydistill.evaluation.verdicts import Judgement
+from raydistill.evaluation.summary import CONTROL, ROUND_TRIP, Row, Summary, rows_of
+from raydistill.evaluation.verdicts import Judgement, Verdict
 
 RESULTS = "results.json"
 SHOWN_STEPS = (4, 2)
@@ -47,9 +47,18 @@ class Report:
 
 
 def build_report(
-    config: EvaluateConfig, setting: Setting, lineup: Lineup, progress: Progress = lambda *_: None
+    config: EvaluateConfig,
+    setting: Setting,
+    lineup: Lineup,
+    progress: Progress = lambda *_: None,
+    *,
+    decide: Callable[[Mapping[str, Row]], list[Verdict]] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Report:
     """Measure the lineup and write results.json, report.html and report/ below config.output.
+
+    `decide` gives verdicts other than the usual ones from the rows by label; `more` goes into the settings,
+    of which `columns` names the measures of the table.
 
     Samplers already measured, by the same code on the same clips, are read back from records/.
     """
@@ -62,10 +71,11 @@ def build_report(
     reference = [summary.reference(CONTROL, bench.control), summary.reference(ROUND_TRIP, bench.round_trip)]
     everything = rows | {row.label: row for row in reference}
     curves, missing = _curves(config)
-    verdicts = Judgement(everything, lineup.anchor, timings).all()
+    usual = Judgement(everything, lineup.anchor, timings).all
+    verdicts = decide(everything) if decide else usual()
     results = {
         "version": 1,
-        "settings": _settings(config, setting, lineup),
+        "settings": _settings(config, setting, lineup) | dict(more or {}),
         "null": everything[CONTROL].figures["frechet"].value,
         "rows": [row.as_dict() for row in rows.values()],
         "reference": [row.as_dict() for row in reference],

@@ -78,8 +78,9 @@ def _seconds(results: Results, row: Mapping[str, Any]) -> tuple[str, str]:
 def markdown_table(results: Results) -> str:
     """Write the README's table, with intervals for what the claims are about, then the claims."""
     look = any(row["group"].startswith("motion") for row in results["rows"])
-    measures = shown_measures(results, LOOK_COLUMNS if look else README_COLUMNS)
-    shown = LOOK_WITH_INTERVAL if look else WITH_INTERVAL
+    chosen = results["settings"].get("columns")
+    measures = shown_measures(results, chosen or (LOOK_COLUMNS if look else README_COLUMNS))
+    shown = chosen or (LOOK_WITH_INTERVAL if look else WITH_INTERVAL)
     lines = [
         "| " + " | ".join(["sampler", "passes", *(m.label for m in measures), "ms per clip"]) + " |",
         "|---" * (len(measures) + 3) + "|",

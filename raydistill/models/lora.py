@@ -56,22 +56,19 @@ def shared_copy(field: Field) -> Field:
 def targets_of(network: nn.Module) -> list[str]:
     """Full names of the layers that MCM adapts.
 
-    ModelScopeT2V's convolutions over time are left out, as in MCM; so are the projections around
-    AnimateDiff's motion modules, which diffusers calls with an argument that peft's layers refuse.
+    ModelScopeT2V's convolutions over time are left out, as in MCM: no suffix names them. So are the
+    projections around AnimateDiff's motion modules, which diffusers calls with an argument that peft's layers
+    refuse.
     """
     suffixes = UNET_TARGETS if "UNet" in type(network).__name__ else WAN_TARGETS
-    found = []
-    for name, module in network.named_modules():
-        over_time = "temp" in name and "conv" in name
-        refused = "motion_modules" in name and name.endswith(("proj_in", "proj_out"))
-        if (
-            isinstance(module, nn.Linear | nn.Conv2d)
-            and f".{name}".endswith(tuple(f".{suffix}" for suffix in suffixes))
-            and not over_time
-            and not refused
-        ):
-            found.append(name)
-    return found
+    ends = tuple(f".{suffix}" for suffix in suffixes)
+    found = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and f".{name}".endswith(ends)
+    ]
+    refused = ("proj_in", "proj_out")
+    return [name for name in found if not ("motion_modules" in name and name.endswith(refused))]
 
 
 def attach(
@@ -97,11 +94,9 @@ def merge(field: Field, name: str = MOTION) -> Field:
     for place, layer in list(field.named_modules()):
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
             base = cast(nn.Linear | nn.Conv2d, layer.get_base_layer())
-            own = copy.copy(base)
-            own._parameters = dict(base._parameters)
             delta = cast(Any, layer).get_delta_weight(name)
-            own.weight = nn.Parameter(base.weight + delta, requires_grad=False)
-            field.set_submodule(place, own)
+            base.weight = nn.Parameter(base.weight + delta, requires_grad=False)  # the tree's own, not shared
+            field.set_submodule(place, base)
     return field
 
 

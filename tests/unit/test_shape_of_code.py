@@ -130,7 +130,7 @@ def test_settings_are_frozen_and_documented(schema):
 def schema_of(job: Path) -> type:
     """The schema that jobs/NAME.py reads, defined in raydistill/config/NAME.py."""
     module = importlib.import_module(f"raydistill.config.{job.stem}")
-    names = re.findall(r"from_command_line\((\w+),", job.read_text(encoding="utf-8"))
+    names = re.findall(r"from_command_line\((\w+),", job.read_text(encoding="utf-8").partition("def main")[2])
     assert len(set(names)) == 1, f"{named(job)} reads {names}"
     return getattr(module, names[0])
 

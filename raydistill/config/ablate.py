@@ -1,0 +1,94 @@
+"""What `jobs/ablate.py` takes: one study, a table of variants of one distillation."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from raydistill.config.checks import at_least
+from raydistill.errors import InvalidValue
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """A difference to be decided: `left` less `right`, in one measure at one number of steps."""
+
+    left: str = MISSING
+    """Name of a variant."""
+    right: str = MISSING
+    """Name of a variant, or `teacher`."""
+    measure: str = "right/all"
+    """Name of a measure, as in results.json."""
+    num_steps: int = 4
+    """Steps of both; of `teacher`, its first step count is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """Variants of one run, each trained with several seeds, measured together, with intervals over both."""
+
+    name: str = MISSING
+    """Of the study: a-z, 0-9 and dashes; names its folder under docs/ablation."""
+    question: str = MISSING
+    """What the study asks, in a sentence."""
+    base: str = MISSING
+    """Settings file of jobs/distill.py that every variant starts from."""
+    shared: list[str] = field(default_factory=list[str])
+    """key=value settings of all variants, after those of the file."""
+    variants: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """Name -> key=value settings, after the shared ones."""
+    seeds: tuple[int, ...] = (7, 8, 9)
+    """Training seeds; an interval over fewer than three says little."""
+    evaluate: str = MISSING
+    """Settings file of jobs/evaluate.py: teacher, codec, judge, clips, steps. Its students are not used."""
+    evaluate_shared: list[str] = field(default_factory=list[str])
+    """key=value settings after those of that file."""
+    columns: list[str] = field(
+        default_factory=lambda: [
+            "frechet",
+            "right/all",
+            "path/direction",
+            "sharpness",
+            "watermark",
+            "spectrum",
+        ]
+    )
+    """Measures in the table, all with intervals."""
+    compare: list[CompareConfig] = field(default_factory=list[CompareConfig])
+    """What the study decides."""
+    output: str = MISSING
+    """Folder of the runs, records and the report; the same command goes on in it."""
+    parallel: int = 1
+    """Trainings at a time."""
+
+    def __post_init__(self):
+        """Check names."""
+        if not re.fullmatch("[a-z0-9-]+", self.name):
+            raise InvalidValue("name", self.name, "a name of a-z, 0-9 and dashes")
+        if not self.variants:
+            raise InvalidValue("variants", self.variants, "one or more")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InvalidValue("seeds", self.seeds, "one or more different seeds")
+        at_least("parallel", self.parallel, 1)
+        for name, pairs in {"shared": self.shared, **self.variants}.items():
+            _check_variant(name, pairs)
+        for side in (side for one in self.compare for side in (one.left, one.right)):
+            if side != "teacher" and side not in self.variants:
+                raise InvalidValue("compare", side, f"teacher, or one of {', '.join(self.variants)}")
+
+    def asked(self, variant: str, seed: int) -> list[str]:
+        """Return the key=value settings of one training, but for its output."""
+        return [*self.shared, *self.variants[variant], f"seed={seed}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Variants as they are shown in the report."""
+        return {name: " ".join(pairs) or "(the base)" for name, pairs in self.variants.items()}
+
+
+def _check_variant(name: str, pairs: list[str]) -> None:
+    if not re.fullmatch("[a-z0-9_]+", name) or name == "teacher":
+        raise InvalidValue("variants", name, "a name of a-z, 0-9, _, other than teacher")
+    for pair in pairs:
+        if "=" not in pair or pair.startswith(("output=", "seed=")):
+            raise InvalidValue(f"variants.{name}", pair, "key=value; output and seed are the study's")

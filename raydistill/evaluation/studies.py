@@ -1,0 +1,35 @@
+"""What a study decides: differences between variants, each with its interval and a plain word."""
+
+from collections.abc import Mapping, Sequence
+
+from raydistill.config.ablate import CompareConfig
+from raydistill.evaluation import intervals
+from raydistill.evaluation.measures import BY_NAME
+from raydistill.evaluation.summary import Row
+from raydistill.evaluation.verdicts import Verdict
+
+
+def decide(rows: Mapping[str, Row], compare: Sequence[CompareConfig], anchor: str) -> list[Verdict]:
+    """Return a verdict per comparison: held where `left` is better by its whole interval.
+
+    `anchor` is the label of the teacher's row. "Better" is the measure's own word; where 1 is best, the
+    distances from 1 are compared.
+    """
+    return [_decided(rows, one, anchor) for one in compare]
+
+
+def _decided(rows: Mapping[str, Row], one: CompareConfig, anchor: str) -> Verdict:
+    labels = [anchor if side == "teacher" else f"{side} {one.num_steps}" for side in (one.left, one.right)]
+    measure = BY_NAME[one.measure]
+    side = "more than" if measure.better == "higher" else "less than"
+    words = measure.label if measure.better != "one" else f"distance of {measure.label} from 1"
+    claim = f"{labels[0]}: {words}, less {labels[1]}'s"
+    absent = [label for label in labels if label not in rows or one.measure not in rows[label].figures]
+    if absent:
+        return Verdict(claim, 0.0, side, "", None, f"{' and '.join(absent)} not measured")
+    figures = [rows[label].figures[one.measure] for label in labels]
+    if measure.better == "one":
+        figures = [intervals.transform(figure, lambda x: abs(x - 1)) for figure in figures]
+    apart = intervals.transform(intervals.difference(*figures), lambda x: measure.scale * x)
+    seeds = min(rows[label].figures[one.measure].num_seeds for label in labels if label != anchor)
+    return Verdict(claim, 0.0, side, "", apart.estimate(), f"{seeds} training seeds")
