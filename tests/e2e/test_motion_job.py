@@ -131,7 +131,7 @@ def test_it_is_measured_beside_its_teacher(made, two):
 
 
 REFUSED = {
-    "an artifact of images": ["images=", "motion.objective.appearance=1"],
+    "an artifact of images": ["images=''", "motion.objective.appearance=1"],
     "holds clips of 16 latent frames, not images": ["images={folder}/videos"],
     "no feature net at": ["motion.appearance.features={folder}/nowhere"],
     "guidance_range": ["guidance_range=[1.5,3.5]"],
