@@ -13,30 +13,45 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from evaluate import make_setting
 
-from raydistill.artifacts import fingerprint, tree_digest, write_atomically, write_json
+from raydistill.artifacts import LatentStore, fingerprint, tree_digest, write_atomically, write_json
 from raydistill.config.ablate import AblateConfig
 from raydistill.config.distill import DistillConfig
 from raydistill.config.evaluate import EvaluateConfig
 from raydistill.config.load import dump, from_command_line, run
-from raydistill.errors import ArtifactError, DistillError, disk_full_explained
+from raydistill.errors import (
+    ArtifactError,
+    ConfigError,
+    DistillError,
+    InvalidValue,
+    StaleArtifact,
+    disk_full_explained,
+)
 from raydistill.evaluation.build import build_report
 from raydistill.evaluation.candidates import build_lineup
-from raydistill.evaluation.report import publish_pictures
+from raydistill.evaluation.measures import BY_NAME
+from raydistill.evaluation.report import PICTURES, publish_pictures
 from raydistill.evaluation.studies import decide
 from raydistill.models.text import WordVectors
 from raydistill.student import CARD
+from raydistill.trajectories.store import TrajectoryStore
 
 SWITCHES = {
     "no-training": "measure what is trained already; what is missing is skipped",
     "update-docs": "copy table and pictures to docs/ablation/NAME",
 }
 DONE = "trained.json"
+SHOWN = ("quality", "strips", "losses")
+"""Pictures on a study's page."""
 
 
 def run_folder(config: AblateConfig, variant: str, seed: int) -> Path:
@@ -50,26 +65,82 @@ def command_of(config: AblateConfig, variant: str, seed: int) -> list[str]:
     return ["jobs/distill.py", "--config", config.base, *config.asked(variant, seed), f"output={folder}"]
 
 
+def settings_of(config: AblateConfig, variant: str, seed: int) -> DistillConfig:
+    """Settings of one training, in full. Raises ConfigError's children, which name the variant."""
+    try:
+        return from_command_line(DistillConfig, command_of(config, variant, seed)[1:])[0]
+    except ConfigError as error:
+        error.add_note(f"variant {variant}")
+        raise
+
+
 def check(config: AblateConfig) -> None:
-    """Read every variant's settings, so that a typo is found before the first training."""
+    """Read every setting, so that a typo is found before the first training. Raises ConfigError's children."""
     for variant in config.variants:
-        from_command_line(DistillConfig, command_of(config, variant, config.seeds[0])[1:])
-    evaluation(config)
+        settings_of(config, variant, config.seeds[0])
+    measured = evaluation(config)
+    for key, names in (("columns", config.columns), ("compare", [one.measure for one in config.compare])):
+        for name in names:
+            _one_of(key, name, BY_NAME)
+    for one in config.compare:
+        _one_of("compare", one.num_steps, measured.student_steps)
+        if "teacher" in (one.left, one.right) and not measured.teacher_steps:
+            raise InvalidValue("teacher_steps", (), "one or more: a comparison asks for the teacher")
+
+
+def _one_of(key: str, value: str | int, known: Collection[str] | Collection[int]) -> None:
+    if value not in known:
+        raise InvalidValue(key, value, f"one of {', '.join(map(str, known))}")
 
 
 def is_trained(config: AblateConfig, variant: str, seed: int) -> bool:
-    """Whether this very training is finished: another base or other settings make it another one."""
+    """Whether this very training is finished: other settings, weights or data make it another one.
+
+    Raises MissingArtifact if its teacher or its data are not there.
+    """
     folder = run_folder(config, variant, seed)
+    asked = settings_of(config, variant, seed)
+    known, made_of = _read(folder / DONE), _read(folder / "student" / CARD).get("sources", {})
+    wanted = sources_of(asked)
+    same = known.get("identity") == identity_of(asked)
+    return same and wanted == {name: made_of.get(name) for name in wanted}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read what a finished training left, or nothing: the training is then done again or goes on."""
     try:
-        known = json.loads((folder / DONE).read_bytes())["identity"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return known == identity_of(config, variant, seed) and (folder / "student" / CARD).is_file()
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
-def identity_of(config: AblateConfig, variant: str, seed: int) -> str:
-    """Digest of what a training was asked for."""
-    return fingerprint([tree_digest(config.base), config.asked(variant, seed)])
+def identity_of(asked: DistillConfig) -> str:
+    """Digest of what a training was asked for, wherever it lies."""
+    return fingerprint({name: value for name, value in asdict(asked).items() if name != "output"})
+
+
+def sources_of(asked: DistillConfig) -> dict[str, str]:
+    """Digests of what a training reads, by their names in a student's card."""
+    found = {"teacher": tree_digest(asked.teacher), "latents": LatentStore(asked.data).fingerprint}
+    if asked.images:
+        found["images"] = LatentStore(asked.images).fingerprint
+    if asked.mix.trajectories:
+        found["trajectories"] = TrajectoryStore(asked.mix.trajectories).fingerprint
+    return found
+
+
+def require_same_settings(config: AblateConfig) -> None:
+    """Refuse students that were trained with other settings than their variant's: their row would lie."""
+    for variant in config.variants:
+        for seed in config.seeds:
+            folder = run_folder(config, variant, seed)
+            there = (folder / "student" / CARD).is_file()
+            asked = identity_of(settings_of(config, variant, seed))
+            if there and _read(folder / DONE).get("identity") != asked:
+                raise StaleArtifact(
+                    f"{folder} was trained with other settings than {variant} has now: "
+                    "give the study another output folder, or delete this one and train again"
+                )
 
 
 def train(config: AblateConfig) -> None:
@@ -94,7 +165,7 @@ def train_one(config: AblateConfig, variant: str, seed: int) -> str:
         raise DistillError(
             f"{variant}, seed {seed}: exit status {status}: {' '.join(last)}; see {folder}/log.txt"
         )
-    write_json(folder / DONE, {"identity": identity_of(config, variant, seed)})
+    write_json(folder / DONE, {"identity": identity_of(settings_of(config, variant, seed))})
     return f"{variant}, seed {seed}: {time.monotonic() - began:.0f} s"
 
 
@@ -104,26 +175,26 @@ def evaluation(config: AblateConfig) -> EvaluateConfig:
         variant: [str(run_folder(config, variant, seed) / "student") for seed in config.seeds]
         for variant in config.variants
     }
-    given = [f"students={json.dumps(students)}", f"output={config.output}/evaluation"]
     curves = {
         variant: f"{run_folder(config, variant, config.seeds[0])}/metrics.jsonl" for variant in students
     }
-    given += [f"metrics={json.dumps(curves)}", "latency.rounds=0"]
-    return from_command_line(EvaluateConfig, ["--config", config.evaluate, *config.evaluate_shared, *given])[
-        0
-    ]
+    argv = ["--config", config.evaluate, *config.evaluate_shared, f"output={config.output}/evaluation"]
+    asked = from_command_line(EvaluateConfig, [*argv, "latency.rounds=0"])[0]
+    return replace(asked, students=students, metrics=curves)
 
 
 def commit() -> str:
-    """The code's commit, with a mark where the working tree differs."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return said.stdout.strip() or "unknown"
+    """The code's commit, with a mark where the working tree differs; `unknown` where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:
-    """Measure all students; return the study's table and pictures."""
+    """Measure all students; return the study's page, for a folder that holds its pictures, and these."""
+    require_same_settings(config)
     asked = evaluation(config)
     torch.set_num_threads(asked.threads)
     lineup = build_lineup(asked, WordVectors()([""])[0])
@@ -142,22 +213,30 @@ def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:
         asked,
         make_setting(asked),
         lineup,
+        progress,
         decide=lambda rows: decide(rows, config.compare, anchor),
         more=more,
     )
     table = (Path(asked.output) / "report" / "table.md").read_text(encoding="utf-8")
     for one in made.results["skipped"]:
         print(f"skipped {one['what']}: {one['reason']}")
-    return page(config, table, more), made.pictures
+    shown = {name: made.pictures[name] for name in SHOWN if name in made.pictures}
+    return page(config, table, more, shown), shown
 
 
-def page(config: AblateConfig, table: str, more: dict[str, object]) -> str:
+def progress(title: str, done: int, total: int) -> None:
+    """Print a line for each sampler that is measured."""
+    if done == total:
+        print(title, flush=True)
+
+
+def page(config: AblateConfig, table: str, more: dict[str, Any], shown: Collection[str]) -> str:
     """The study as Markdown: question, variants, table, decisions, and how it was made."""
     variants = [f"* `{name}`: `{settings}`" for name, settings in config.as_dict().items()]
     made = f"`{more['command']}` at {more['commit']}, seeds {more['seeds']}, on {more['machine']}."
     parts = [f"# {config.name}", config.question, "\n".join(variants), table.strip(), made]
-    pictures = "![frames](strips.png)\n![losses](losses.png)"
-    return "\n\n".join([*parts, pictures]) + "\n"
+    pictures = [f"![{name}]({PICTURES[name]})" for name in shown]
+    return "\n\n".join([*parts, *pictures]) + "\n"
 
 
 def main() -> None:
@@ -171,10 +250,11 @@ def main() -> None:
         if "no-training" not in switches:
             train(config)
         text, pictures = report(config)
-        write_atomically(output / "study.md", text.encode())
+        study = output / "evaluation" / "report" / "study.md"  # beside its pictures
+        write_atomically(study, text.encode())
         if "update-docs" in switches:
             docs = Path("docs", "ablation", config.name)
-            publish_pictures({k: v for k, v in pictures.items() if k in ("strips", "losses")}, docs)
+            publish_pictures(pictures, docs)
             write_atomically(docs / "README.md", text.encode())
     print(text)
     print(f"report: {output}/evaluation/report.html")

@@ -43,7 +43,7 @@ class AblateConfig:
     evaluate: str = MISSING
     """Settings file of jobs/evaluate.py: teacher, codec, judge, clips, steps. Its students are not used."""
     evaluate_shared: list[str] = field(default_factory=list[str])
-    """key=value settings after those of that file."""
+    """key=value settings after those of that file; teacher_steps=[] leaves the teacher's rows out."""
     columns: list[str] = field(
         default_factory=lambda: [
             "frechet",
@@ -73,8 +73,10 @@ class AblateConfig:
         at_least("parallel", self.parallel, 1)
         for name, pairs in {"shared": self.shared, **self.variants}.items():
             _check_variant(name, pairs)
-        for side in (side for one in self.compare for side in (one.left, one.right)):
-            if side != "teacher" and side not in self.variants:
+        for one in self.compare:
+            if one.left == one.right:
+                raise InvalidValue("compare", one.left, "two different sides")
+            for side in {one.left, one.right} - {"teacher", *self.variants}:
                 raise InvalidValue("compare", side, f"teacher, or one of {', '.join(self.variants)}")
 
     def asked(self, variant: str, seed: int) -> list[str]:

@@ -115,7 +115,7 @@ def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lin
     skipped = [
         Skipped(kind, f"no {kind} student given (students.{kind})")
         for kind in ("dual", "single")
-        if not config.students.get(kind) and set(config.students) != {"motion"}
+        if not config.students.get(kind) and set(config.students) <= {"dual", "single"}
     ]
     for kind, folders in config.students.items():
         for seed, folder in enumerate(folders):

@@ -19,7 +19,7 @@ COLOURS = {
     "single": "#d55e00",
     "dual": "#0072b2",
 }  # Okabe and Ito: told apart by all eyes
-MORE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
+MORE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#332288", "#999933", "#882255")
 PANELS = (
     ("frechet", "Frechet distance (lower is better)", 1.0),
     (ALL_RIGHT, "all attributes right, %", 100.0),

@@ -109,12 +109,17 @@ def footnote(results: Results) -> str:
     """Say what the numbers stand on."""
     s = results["settings"]
     seeds = ", ".join(f"{kind}: {count}" for kind, count in s["students"].items()) or "none"
+    timed = (
+        f"sampling alone, batch {s['latency_batch']}, median of {s['latency_rounds']} rounds in turn, "
+        f"{s['threads']} threads"
+    )
+    once = "sampling alone, once, not in turn: a hint at most"
     return (
         f"{s['num_clips']} clips per sampler, captions held out from training, the same noise for all; 95 % "
         f"bootstrap intervals over clips and training seeds (students: {seeds}). The teacher is guided with "
         f"w = {s['guidance_scale']:g}; a guided step is two passes. Frechet: random features, not comparable "
-        f"with FVD; real clips in the same number score {results['null']:.1f}. Milliseconds: sampling alone, "
-        f"batch {s['latency_batch']}, median of {s['latency_rounds']} rounds in turn, {s['threads']} threads."
+        f"with FVD; real clips in the same number score {results['null']:.1f}. Milliseconds: "
+        f"{timed if s['latency_rounds'] else once}."
     )
 
 

@@ -31,5 +31,7 @@ def _decided(rows: Mapping[str, Row], one: CompareConfig, anchor: str) -> Verdic
     if measure.better == "one":
         figures = [intervals.transform(figure, lambda x: abs(x - 1)) for figure in figures]
     apart = intervals.transform(intervals.difference(*figures), lambda x: measure.scale * x)
+    unit = " points" if measure.scale == 100 else ""
     seeds = min(rows[label].figures[one.measure].num_seeds for label in labels if label != anchor)
-    return Verdict(claim, 0.0, side, "", apart.estimate(), f"{seeds} training seeds")
+    note = f"{seeds} training seeds" if seeds > 1 else "one training seed: its own spread is not in it"
+    return Verdict(claim, 0.0, side, unit, apart.estimate(), note)

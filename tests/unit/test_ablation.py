@@ -3,18 +3,23 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from raydistill.artifacts import fingerprint
 from raydistill.config.ablate import AblateConfig, CompareConfig
 from raydistill.config.load import load
-from raydistill.errors import InvalidValue, RaydistillError
+from raydistill.errors import DistillError, InvalidValue, RaydistillError, StaleArtifact
 from raydistill.evaluation import intervals
 from raydistill.evaluation.measures import BY_NAME
 from raydistill.evaluation.studies import decide
 from raydistill.evaluation.summary import Row
+from raydistill.latents.shards import latent_row, write_shard
+from raydistill.shards import point_to, write_artifact
+from raydistill.student import CARD
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "jobs" / "tiny" / "ablation").glob("*.yaml"))
@@ -60,8 +65,29 @@ def test_every_study_asks_for_runs_that_there_are(path, job, monkeypatch):
 
 
 def test_a_typo_in_one_variant_is_found_before_any_training(job):
-    with pytest.raises(RaydistillError, match=r"boundry.*boundary"):
+    with pytest.raises(RaydistillError, match=r"boundry.*boundary") as caught:
         job.check(study(variants={"a": [], "b": ["boundry=0.6"]}))
+    assert "variant b" in caught.value.__notes__
+
+
+UNMEASURED = {
+    "columns": {"columns": ["frechet", "sharpnes"]},
+    "compare": {"compare": [CompareConfig(left="a", right="b", num_steps=3)]},
+    "teacher_steps": {
+        "compare": [CompareConfig(left="a", right="teacher")],
+        "evaluate_shared": ["teacher_steps=[]"],
+    },
+}
+
+
+@pytest.mark.parametrize("key", UNMEASURED)
+def test_what_will_not_be_measured_is_refused_before_any_training(key, job):
+    job.check(study())
+    with pytest.raises(InvalidValue) as caught:
+        job.check(study(**UNMEASURED[key]))
+    assert caught.value.key == key
+    with pytest.raises(InvalidValue, match="sharpnes"):
+        job.check(study(compare=[CompareConfig(left="a", right="b", measure="sharpnes")]))
 
 
 REFUSED = {
@@ -70,6 +96,7 @@ REFUSED = {
     "variants.b": {"variants": {"b": ["output=elsewhere"]}},
     "seeds": {"seeds": (7, 7)},
     "compare": {"compare": [CompareConfig(left="a", right="c")]},
+    "compare ": {"compare": [CompareConfig(left="b", right="b")]},
     "parallel": {"parallel": 0},
 }
 
@@ -78,20 +105,73 @@ REFUSED = {
 def test_refused_settings(key):
     with pytest.raises(InvalidValue) as caught:
         study(**REFUSED[key])
-    assert caught.value.key == key
+    assert caught.value.key == key.strip()
 
 
-def test_a_training_is_kept_as_long_as_it_is_the_one_asked_for(job, tmp_path):
-    config = study(output=str(tmp_path))
-    folder = job.run_folder(config, "b", 7)
+def make_latents(folder, value):
+    """An artifact of one row."""
+    row = latent_row(np.full((1, 1, 1, 1), value, np.float32), np.zeros((1, 1), np.float32), "a", "0")
+    shard = write_shard(folder / "x", "part-0", [row], {}, order=0, rows_per_group=1)
+    write_artifact(folder / "x", [shard], {})
+    point_to(folder, "x", fingerprint({}))
+    return str(folder)
+
+
+@pytest.fixture
+def trained(job, tmp_path):
+    """A study in which b was trained with seed 7, as far as can be seen."""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "weights").write_text("first")
+    inputs = [f"teacher={tmp_path}/teacher", f"data={make_latents(tmp_path / 'data', 0)}"]
+    config = study(output=str(tmp_path / "runs"), shared=inputs, seeds=(7, 8))
+    folder, asked = job.run_folder(config, "b", 7), job.settings_of(config, "b", 7)
     (folder / "student").mkdir(parents=True)
-    assert not job.is_trained(config, "b", 7)
-    (folder / "student" / "student.json").write_text("{}")
-    (folder / "trained.json").write_text(json.dumps({"identity": job.identity_of(config, "b", 7)}))
-    assert job.is_trained(config, "b", 7)
-    assert not job.is_trained(study(output=str(tmp_path), shared=["average_decay=0.9"]), "b", 7)
-    assert not job.is_trained(config, "b", 8)
-    assert job.command_of(config, "b", 7)[-3:] == ["boundary=0.6", "seed=7", f"output={folder}"]
+    (folder / "student" / CARD).write_text(json.dumps({"sources": job.sources_of(asked)}))
+    assert not job.is_trained(config, "b", 7)  # nobody says what it was trained with
+    (folder / "trained.json").write_text(json.dumps({"identity": job.identity_of(asked)}))
+    return config
+
+
+def test_a_training_is_kept_as_long_as_it_is_the_one_asked_for(job, trained):
+    assert job.is_trained(trained, "b", 7)
+    assert not job.is_trained(trained, "b", 8)
+    assert not job.is_trained(trained, "a", 7)
+    assert not job.is_trained(replace(trained, shared=[*trained.shared, "average_decay=0.9"]), "b", 7)
+    assert job.is_trained(replace(trained, shared=[*trained.shared, "boundary=0.9"]), "b", 7)  # b has its own
+    folder = job.run_folder(trained, "b", 7)
+    assert job.command_of(trained, "b", 7)[-3:] == ["boundary=0.6", "seed=7", f"output={folder}"]
+
+
+def test_another_teacher_or_other_data_in_the_same_place_are_another_training(job, trained, tmp_path):
+    (tmp_path / "teacher" / "weights").write_text("second")
+    assert not job.is_trained(trained, "b", 7)
+    (tmp_path / "teacher" / "weights").write_text("first")
+    assert job.is_trained(trained, "b", 7)
+    make_latents(tmp_path / "data", 1)
+    assert not job.is_trained(trained, "b", 7)
+
+
+def test_a_student_of_other_settings_is_not_shown_as_its_variant(job, trained):
+    job.require_same_settings(trained)  # what is missing is left out
+    with pytest.raises(StaleArtifact, match=r"b-7 was trained with other settings than b has now"):
+        job.require_same_settings(replace(trained, variants={"a": [], "b": ["boundary=0.7"]}))
+
+
+def test_a_failed_training_is_named_with_its_last_words(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = study(output=str(tmp_path), shared=[f"data={tmp_path}/nowhere"])
+    with pytest.raises(DistillError, match=r"a, seed 7: exit status 1: MissingArtifact.*a-7/log.txt"):
+        job.train_one(config, "a", 7)
+    assert not (tmp_path / "a-7" / "trained.json").exists()
+
+
+def test_the_page_shows_question_variants_table_and_the_pictures_there_are(job):
+    more = {"command": "python jobs/ablate.py", "commit": "abc", "seeds": [7], "machine": "one"}
+    text = job.page(study(), "| sampler |", more, ["strips"])
+    for part in ("# toy", "\n?\n", "* `a`: `(the base)`", "* `b`: `boundary=0.6`", "| sampler |", "at abc"):
+        assert part in text
+    assert "![strips](strips.png)" in text
+    assert "losses" not in text
 
 
 def row(label, value, measure, spread=0.01):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from raydistill.models.frame_critic import FrameCritic, _SpectralConv, pool_text
+from raydistill.models.frame_features import FrameNet
 from raydistill.models.text import WordVectors
 
 WIDTHS, TEXT = (8, 12), 6
@@ -75,6 +76,17 @@ def test_gradients_reach_tokens_and_every_weight():
     assert all(m.grad is not None and m.grad.abs().sum() > 0 for m in tokens)
     for name, p in net.named_parameters():
         assert p.grad is not None, name
+
+
+def test_a_score_reaches_frames_and_heads_through_a_net_that_stays_frozen():
+    torch.manual_seed(0)
+    eye = FrameNet({"shape": 3}, widths=(8, 8, 8, 8)).eval().requires_grad_(False)
+    net, frames = FrameCritic(eye.widths, TEXT, channels=16), torch.rand(2, 3, 32, 32).requires_grad_()
+    sum(x.mean() for x in net(eye(frames), torch.randn(2, TEXT))).backward()
+    assert frames.grad is not None
+    assert frames.grad.flatten(1).abs().sum(dim=1).min() > 0
+    assert all(p.grad is not None for p in net.parameters())
+    assert all(p.grad is None for p in eye.parameters())
 
 
 def test_it_learns_to_tell_two_kinds_apart():

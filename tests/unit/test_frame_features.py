@@ -39,6 +39,15 @@ def test_the_small_worlds_net_keeps_its_weights_and_stays_frozen(tmp_path):
     assert not again.training
 
 
+def test_the_small_worlds_net_names_what_a_frame_shows():
+    net = FrameNet({"shape": 3, "colour": 4})
+    assert [m.shape for m in net(FRAMES)] == [(2, 256, 32), (2, 64, 64), (2, 64, 96), (2, 16, 128)]
+    logits = net.classify(FRAMES)
+    assert {name: x.shape for name, x in logits.items()} == {"shape": (2, 3), "colour": (2, 4)}
+    sum(x.logsumexp(dim=1).sum() for x in logits.values()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
 def test_dino_gives_patch_tokens_evenly_over_its_depth_each_normed(dino):
     net = load_frame_features(dino)
     assert isinstance(net, DinoFeatures)
@@ -48,8 +57,11 @@ def test_dino_gives_patch_tokens_evenly_over_its_depth_each_normed(dino):
     x = torch.nn.functional.interpolate(
         ((FRAMES + 1) / 2 - net.mean) / net.deviation, size=(28, 28), mode="area"
     )
-    last = Dinov2Model.from_pretrained(dino)(pixel_values=x).last_hidden_state
-    torch.testing.assert_close(maps[-1], last[:, 1:])
+    theirs = Dinov2Model.from_pretrained(dino)
+    seen = theirs(pixel_values=x, output_hidden_states=True)
+    torch.testing.assert_close(maps[-1], seen.last_hidden_state[:, 1:])
+    for ours, block in zip(maps, (1, 3, 5, 7), strict=True):  # hidden state 0 is the embedding
+        torch.testing.assert_close(ours, theirs.layernorm(seen.hidden_states[block + 1])[:, 1:])
 
 
 def test_dinos_gradient_reaches_frames_alone(dino):
