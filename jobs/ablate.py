@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,8 @@ def run_folder(config: AblateConfig, variant: str, seed: int) -> Path:
 def command_of(config: AblateConfig, variant: str, seed: int) -> list[str]:
     """The training's command, after the interpreter."""
     folder = run_folder(config, variant, seed)
-    return ["jobs/distill.py", "--config", config.base, *config.asked(variant, seed), f"output={folder}"]
+    job = str(Path(__file__).with_name("distill.py"))
+    return [job, "--config", config.base, *config.asked(variant, seed), f"output={folder}"]
 
 
 def settings_of(config: AblateConfig, variant: str, seed: int) -> DistillConfig:
@@ -75,10 +75,14 @@ def settings_of(config: AblateConfig, variant: str, seed: int) -> DistillConfig:
 
 
 def check(config: AblateConfig) -> None:
-    """Read every setting, so that a typo is found before the first training. Raises ConfigError's children."""
+    """Read every setting, so that a typo is found before any training. Raises ConfigError's children."""
     for variant in config.variants:
         settings_of(config, variant, config.seeds[0])
-    measured = evaluation(config)
+    require_measured(config, evaluation(config))
+
+
+def require_measured(config: AblateConfig, measured: EvaluateConfig) -> None:
+    """Refuse a study that shows or compares what will not be measured. Raises InvalidValue."""
     for key, names in (("columns", config.columns), ("compare", [one.measure for one in config.compare])):
         for name in names:
             _one_of(key, name, BY_NAME)
@@ -170,17 +174,17 @@ def train_one(config: AblateConfig, variant: str, seed: int) -> str:
 
 
 def evaluation(config: AblateConfig) -> EvaluateConfig:
-    """Settings of the measurement: every variant a kind of student."""
-    students = {
-        variant: [str(run_folder(config, variant, seed) / "student") for seed in config.seeds]
-        for variant in config.variants
+    """Settings of the measurement: every variant a kind of student, and no other student."""
+    given = [*config.evaluate_shared, f"output={config.output}/evaluation", "latency.rounds=0"]
+    asked, _ = from_command_line(EvaluateConfig, ["--config", config.evaluate, *given])
+    folders = {
+        variant: [run_folder(config, variant, seed) for seed in config.seeds] for variant in config.variants
     }
-    curves = {
-        variant: f"{run_folder(config, variant, config.seeds[0])}/metrics.jsonl" for variant in students
-    }
-    argv = ["--config", config.evaluate, *config.evaluate_shared, f"output={config.output}/evaluation"]
-    asked = from_command_line(EvaluateConfig, [*argv, "latency.rounds=0"])[0]
-    return replace(asked, students=students, metrics=curves)
+    return replace(
+        asked,
+        students={variant: [f"{one}/student" for one in every] for variant, every in folders.items()},
+        metrics={variant: f"{every[0]}/metrics.jsonl" for variant, every in folders.items()},
+    )
 
 
 def commit() -> str:

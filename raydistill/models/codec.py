@@ -86,11 +86,23 @@ class WanCodec(nn.Module):
 
     def decode(self, latents: Latents) -> Tensor:
         """Inverse shapes of `encode`; clipped to [-1, 1]."""
-        return self._decode(latents).clamp(-1, 1)
-
-    def _decode(self, latents: Latents) -> Tensor:
         z = latents * self.deviation + self.mean
-        return cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0])
+        return cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0]).clamp(-1, 1)
+
+    def _unclipped(self, latents: Latents) -> Tensor:
+        """Decode as `decode` does, taking the frames off the decoder: diffusers clips them after it."""
+        chunks = list[Tensor]()
+
+        def keep(_net: nn.Module, _given: object, made: Tensor) -> None:
+            chunks.append(made)
+
+        hook = self.autoencoder.decoder.register_forward_hook(keep)
+        try:
+            self.decode(latents)
+        finally:  # also when a checkpoint stops its second pass early
+            hook.remove()
+        side = self.autoencoder.config["patch_size"] or 1
+        return rearrange(torch.cat(chunks, dim=2), "b (c q p) f h w -> b c f (h p) (w q)", p=side, q=side)
 
     def num_frames(self, latent_frames: int) -> int:
         """Four frames for each latent frame after the first."""
@@ -101,9 +113,12 @@ class WanCodec(nn.Module):
     ) -> Tensor:
         """Decode the whole clip, as frames lean on earlier ones, and pick k frames of each by number.
 
-        Gives (b, 3, k, h, w), with gradient; diffusers' decoder itself clips to [-1, 1].
+        Gives (b, 3, k, h, w), with gradient and not clipped. Raises ValueError if the autoencoder slices or
+        tiles.
         """
-        frames = _through(self._decode, latents, checkpoint).transpose(1, 2)
+        if self.autoencoder.use_slicing or self.autoencoder.use_tiling:
+            raise ValueError("an autoencoder that slices or tiles has no unclipped frames: disable both")
+        frames = _through(self._unclipped, latents, checkpoint).transpose(1, 2)
         which = torch.arange(len(latents), device=latents.device)[:, None]
         return frames[which, picked].transpose(1, 2)
 

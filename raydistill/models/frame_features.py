@@ -112,8 +112,22 @@ def load_frame_features(path: str | Path) -> FrameFeatures:
             f"no feature net at {folder}: appearance.features names the folder of a DINOv2 of transformers "
             f"(config.json, model.safetensors), or of what jobs/pretrain.py part=features made; found {kind}"
         )
-    network = Dinov2Model.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return DinoFeatures(cast(Dinov2Model, network)).eval().requires_grad_(False)
+    return DinoFeatures(_load_dino(folder)).eval().requires_grad_(False)
+
+
+def _load_dino(folder: Path) -> Dinov2Model:
+    try:
+        loaded = Dinov2Model.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except OSError as gone:
+        raise MissingArtifact(f"{folder} has no model.safetensors: copy the DINOv2 again ({gone})") from gone
+    except (ValueError, RuntimeError, SafetensorError) as broken:
+        raise CorruptArtifact(f"{folder} holds no whole DINOv2: {broken}") from broken
+    network, found = cast(tuple[Dinov2Model, dict[str, Any]], loaded)
+    if lacking := sorted(found["missing_keys"]):  # transformers draws them at random and goes on
+        raise CorruptArtifact(f"{folder} lacks {len(lacking)} weights of its DINOv2, such as {lacking[0]}")
+    return network
 
 
 def _load_own(folder: Path) -> FrameNet:

@@ -37,6 +37,14 @@ def codec(folder):
     return load_codec(folder)
 
 
+@pytest.fixture(scope="module")
+def glaring(folder):
+    """One whose frames leave [-1, 1]; larger latents would not do, as the decoder norms them."""
+    codec = load_codec(folder)
+    codec.autoencoder.decoder.conv_out.weight.data *= 10
+    return codec
+
+
 @pytest.mark.parametrize("k", [0, 1, 2])
 @torch.no_grad()
 def test_4k_plus_1_frames_become_k_plus_1_latents_and_come_back(codec, k):
@@ -70,6 +78,53 @@ def test_a_sample_is_encoded_alike_in_any_batch(codec):
     frames = torch.rand(3, 3, 5, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     alone = torch.cat([codec.encode(one[None]) for one in frames])
     torch.testing.assert_close(codec.encode(frames), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_picked_frames_are_those_of_the_whole_clip_before_clipping(glaring):
+    codec, latents = glaring, torch.randn(2, 4, 3, 2, 3, generator=torch.Generator().manual_seed(2))
+    picked = torch.tensor([[8, 0], [3, 5]])
+    with torch.no_grad():
+        some, whole = codec.decode_frames(latents, picked), codec.decode(latents)
+    assert codec.num_frames(3) == whole.shape[2] == 9
+    assert some.shape == (2, 3, 2, 16, 24)
+    assert some.abs().max() > 1
+    for i in range(2):
+        torch.testing.assert_close(some[i].clamp(-1, 1), whole[i][:, picked[i]])
+
+
+def test_a_frames_gradient_goes_back_in_time_alone_and_is_the_same_checkpointed(glaring):
+    gradients = []
+    for checkpoint in (False, True):
+        latents = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(2))
+        picked = torch.tensor([[3], [8]])
+        frames = glaring.decode_frames(latents.requires_grad_(), picked, checkpoint=checkpoint)
+        (frames * (frames.detach().abs() > 1)).sum().backward()  # only where `decode` has no gradient
+        gradients.append(latents.grad)
+    torch.testing.assert_close(*gradients)
+    size = gradients[0].abs().amax(dim=(1, 3, 4))
+    assert size[0, 1] > 0
+    assert size[0, 2] == 0  # frame 3 is the second latent frame's
+    assert size[1, 2] > 0
+    assert not glaring.autoencoder.decoder._forward_hooks
+
+
+def test_frames_come_whole_from_a_decoder_of_patches():
+    torch.manual_seed(0)
+    sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    patches = {"patch_size": 2, "in_channels": 12, "out_channels": 12}
+    made = AutoencoderKLWan(**sizes, **patches, latents_mean=MEAN, latents_std=DEVIATION)
+    codec, latents = WanCodec(made).eval(), torch.randn(1, 4, 2, 2, 3)
+    with torch.no_grad():
+        some, whole = codec.decode_frames(latents, torch.tensor([[4, 1]])), codec.decode(latents)
+    torch.testing.assert_close(some.clamp(-1, 1), whole[:, :, [4, 1]])
+
+
+@pytest.mark.parametrize("how", ["enable_slicing", "enable_tiling"])
+def test_an_autoencoder_in_pieces_gives_no_frames_to_a_critic(folder, how):
+    codec = load_codec(folder)
+    getattr(codec.autoencoder, how)()
+    with pytest.raises(ValueError, match="slices or tiles"):
+        codec.decode_frames(torch.zeros(2, 4, 1, 2, 2), torch.zeros(2, 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("case", BROKEN)

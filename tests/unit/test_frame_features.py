@@ -1,7 +1,10 @@
 """Frozen nets for single frames: the small world's own and DINOv2."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from raydistill.errors import CorruptArtifact, MissingArtifact
@@ -82,6 +85,32 @@ def test_a_path_that_holds_no_feature_net_is_named(tmp_path, dino):
     (tmp_path / "torn" / "features.safetensors").write_bytes(b"x")
     with pytest.raises(CorruptArtifact, match="no whole feature net"):
         load_frame_features(tmp_path / "torn")
+
+
+def without_a_block(weights):
+    kept = {name: x for name, x in load_file(weights).items() if "layer.3" not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+
+
+def with_another_width(weights):
+    save_file(load_file(weights) | {"layernorm.weight": torch.ones(8)}, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "says"),
+    [
+        (lambda weights: weights.unlink(), MissingArtifact, "copy the DINOv2 again"),
+        (lambda weights: weights.rename(weights.with_name("pytorch_model.bin")), MissingArtifact, "again"),
+        (lambda weights: weights.write_bytes(b"x"), CorruptArtifact, "no whole DINOv2"),
+        (with_another_width, CorruptArtifact, "no whole DINOv2"),
+        (without_a_block, CorruptArtifact, r"lacks 18 weights of its DINOv2, such as encoder\.layer\.3"),
+    ],
+)
+def test_a_dino_without_all_its_weights_is_refused(tmp_path, dino, spoil, error, says):
+    folder = shutil.copytree(dino, tmp_path / "dino")
+    spoil(folder / "model.safetensors")
+    with pytest.raises(error, match=says):
+        load_frame_features(folder)
 
 
 def test_picked_frames_are_decoded_as_the_whole_clip_is():
