@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raydistill.types import Text
 
 POWER_ROUNDS = 12
-"""Rounds of power iteration from a fixed start. The norm found may be some percent too small: it is a scale."""
+"""Rounds of power iteration from a fixed start. The norm found may be a few percent too small."""
 
 
 class _SpectralConv(nn.Module):
