@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import unet_cases
 from motion_cases import (
     GLOBAL,
     OBJECTIVE,
@@ -19,11 +20,15 @@ from motion_cases import (
 )
 
 from raydistill.config.distill import MixConfig
+from raydistill.config.stages import DetailConfig, ObjectiveConfig, StageConfig
 from raydistill.consistency.losses import pseudo_huber
+from raydistill.consistency.schedule import VariancePreserving
 from raydistill.consistency.solver import euler, guided
 from raydistill.experts.loop import distill, draw
 from raydistill.experts.semantic import consistency_pair, starting_point, teacher_step
+from raydistill.experts.stages import Given, build_stage
 from raydistill.models.text import null_text
+from raydistill.models.unet import UNetField
 from raydistill.types import Batch, Origin
 
 
@@ -179,8 +184,6 @@ def test_simulated_samples_start_at_the_students_own_clip_of_the_caption(weights
 
 
 def test_at_full_noise_the_start_is_noise_alone_on_every_schedule(weights):
-    from raydistill.consistency.schedule import VariancePreserving
-
     stage = stage_of(replace(config_of(weights), mix=MixConfig()))
     segment = replace(stage.segment, schedule=VariancePreserving.scaled_linear())
     batch = replace(one_batch(range(2)), origin=None)
@@ -236,3 +239,62 @@ def test_frames_and_augmentation_are_keyed_by_the_sample(weights):
     assert (picked[:, 0] != picked[:, 1]).all()
     assert torch.equal(judge._picked(batch.index[2:4], leaf[2:4], 2), picked[2:4])
     assert len({tuple(row) for row in picked.tolist()}) > 1
+
+
+def test_dcms_experts_take_the_representation_and_the_image_critic(weights):
+    motion = config_of(weights)
+    sizes = {"num_steps": STEPS, "global_batch": GLOBAL, "micro_batch": GLOBAL}
+    sizes |= {"optimizer": motion.motion.optimizer, "appearance": motion.motion.appearance}
+    config = replace(
+        motion,
+        experts="dual",
+        mix=MixConfig(),
+        semantic=StageConfig(**sizes, objective=ObjectiveConfig(consistency=0.0, motion=1.0)),
+        detail=DetailConfig(**sizes, objective=ObjectiveConfig(appearance=0.2), lora_rank=2),
+    )
+    given = Given(teacher(), torch.zeros(1, 4, 4, 4, 4), torch.zeros(1, 3, 32), teacher(1))
+    batch, seen = replace(one_batch(range(GLOBAL)), origin=None), {}
+    for name, companion in (("semantic", "motion_head"), ("detail", "image_critic")):
+        means = (torch.zeros(32), torch.zeros(32))
+        stage = build_stage(
+            config,
+            name,
+            replace(given, semantic=given.semantic if name == "detail" else None, caption_means=means),
+        )
+        assert set(stage.companions) == {companion}
+        losses, kept = draw(stage, batch)
+        stage.engine.backward(losses.total)
+        assert stage.companions[companion].turn(kept[companion]).total.isfinite()
+        seen[name] = set(losses.terms)
+    assert seen == {"semantic": {"motion"}, "detail": {"consistency", "appearance"}}
+
+
+@pytest.mark.parametrize("kind", ["ms", "ad"])
+def test_a_noise_predicting_unet_is_distilled_through_the_same_jump(weights, kind):
+    net = UNetField(unet_cases.unet3d() if kind == "ms" else unet_cases.unet_motion()).eval()
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    config = config_of(weights, objective=plain(OBJECTIVE, motion=1.0, normalise_jump=False))
+    schedule = VariancePreserving.scaled_linear()
+    latents, text = torch.zeros(1, *unet_cases.SHAPE), torch.zeros(1, *unet_cases.TEXT)
+    stage = build_stage(config, "motion", Given(net, latents, text, schedule=schedule))
+    x, words = unet_cases.inputs(GLOBAL)
+    batch = Batch(torch.arange(GLOBAL), x, words, torch.arange(GLOBAL) % 2)
+    pair = consistency_pair(stage.nets, stage.segment, batch)
+    t, _, s = stage.segment.times(batch.index)
+    x_t = starting_point(stage.nets, stage.segment, batch, t)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            pair.guess.detach(), schedule.to_x0(stage.student(x_t, t, words), x_t, t), rtol=1e-3, atol=1e-3
+        )
+    assert s.tolist() == [0.0] * GLOBAL
+    distill(
+        stage,
+        iter([batch] * STEPS),
+        report_every=9,
+        save_every=9,
+        report=lambda *_: None,
+        save=lambda n: None,
+    )
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    moved = [p for n, p in stage.student.named_parameters() if "lora_B" in n and p.abs().max() > 0]
+    assert moved
