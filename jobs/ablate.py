@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -148,12 +149,26 @@ def require_same_settings(config: AblateConfig) -> None:
 
 
 def train(config: AblateConfig) -> None:
-    """Train what is missing, `parallel` at a time, a line for each. Raises DistillError if one fails."""
+    """Train what is missing, `parallel` at a time, a line for each.
+
+    Raises DistillError if one fails: those that run go on to their end, no other is begun.
+    """
     every = [(variant, seed) for seed in config.seeds for variant in config.variants]
     todo = [one for one in every if not is_trained(config, *one)]
     print(f"{len(every)} trainings, {len(every) - len(todo)} done before", flush=True)
+    failed = threading.Event()
+
+    def attempt(one: tuple[str, int]) -> str:
+        if failed.is_set():
+            return "not begun"  # unseen: the error of the one that failed is raised before
+        try:
+            return train_one(config, *one)
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(config.parallel) as pool:
-        for number, said in enumerate(pool.map(lambda one: train_one(config, *one), todo), 1):
+        for number, said in enumerate(pool.map(attempt, todo), 1):
             print(f"[{number}/{len(todo)}] {said}", flush=True)
 
 

@@ -19,7 +19,8 @@ def move(schedule: Schedule, x0: Latents, noise: Latents, x_t: Latents, t: Times
 def reach(schedule: Schedule, t: Times, s: Times) -> Times:
     """How far a unit of the network's prediction moves f(x_t, t -> s), per sample, float64 (b,).
 
-    t - s on rectified flow; alpha_s sigma_t / alpha_t - sigma_s where noise is predicted.
+    t - s on rectified flow; alpha_s sigma_t / alpha_t - sigma_s where noise is predicted, and
+    alpha_s sigma_t - sigma_s alpha_t where v is.
     """
     t, s = t.double(), s.double()
     one = torch.ones(len(t), 1, 1, 1, 1, dtype=torch.float64, device=t.device)

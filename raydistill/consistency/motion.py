@@ -117,9 +117,11 @@ def low_pass(frames: int, height: int, width: int) -> Float[Tensor, "f h w"]:
     sizes FreeInit's loop and fftshift put the same numbers in the same places; for odd ones its centre is off
     by half a frequency, and the filtered clip would not be real: here it is centred.
     """
-    t, y, x = (_frequencies(size) for size in (frames, height, width))
-    square = t[:, None, None] ** 2 + y[:, None] ** 2 + x**2
-    return 1 / (1 + (square / CUTOFF**2) ** ORDER)
+    # Kept for later calls, which may train though the first one sampled: an inference tensor could not.
+    with torch.inference_mode(mode=False):
+        t, y, x = (_frequencies(size) for size in (frames, height, width))
+        square = t[:, None, None] ** 2 + y[:, None] ** 2 + x**2
+        return 1 / (1 + (square / CUTOFF**2) ** ORDER)
 
 
 def _frequencies(size: int) -> Tensor:

@@ -75,9 +75,8 @@ class VariancePreserving:
     """alpha(t)^2 + sigma(t)^2 = 1, from a table of alphas_cumprod (DDPM, eq. 4; MCM's teachers).
 
     Timestep k of the table is t = (k + 1) / length, and t = 0 is clean data; at t = 1 alpha is still above 0.
-    Between entries alpha^2 is
-    linear. `prediction` is what the network gives: the noise ("epsilon") or alpha noise - sigma x0
-    ("v"; PD, app. D).
+    Between entries alpha^2 is linear. `prediction` is what the network gives: the noise ("epsilon") or
+    alpha noise - sigma x0 ("v"; PD, app. D).
     """
 
     alphas_cumprod: tuple[float, ...]

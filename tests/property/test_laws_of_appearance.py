@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.consistency.augment import CUTOUT, TRANSLATION, Augmentation, augment, draw_augmentation
+from raydistill.consistency.augment import Augmentation, augment, draw_augmentation
 from raydistill.consistency.losses import (
     generator_score,
     gradient_penalty,
@@ -42,8 +42,16 @@ def test_numbers_stay_in_the_papers_ranges(seed):
     assert -0.5 <= by.brightness.min() <= by.brightness.max() < 0.5
     assert 0 <= by.saturation.min() <= by.saturation.max() < 2
     assert 0.5 <= by.contrast.min() <= by.contrast.max() < 1.5
-    assert by.shift.abs().max() <= TRANSLATION
+    assert by.shift.abs().max() <= 0.125
     assert 0 <= by.hole.min() <= by.hole.max() < 1
+
+
+def test_the_ends_of_the_ranges():
+    low, high = draw_augmentation(torch.zeros(1, 7)), draw_augmentation(torch.ones(1, 7))
+    for name, ends in {"brightness": (-0.5, 0.5), "saturation": (0, 2), "contrast": (0.5, 1.5)}.items():
+        assert (getattr(low, name).item(), getattr(high, name).item()) == ends
+    assert (low.shift.tolist(), high.shift.tolist()) == ([[-0.125, -0.125]], [[0.125, 0.125]])
+    assert (low.hole.tolist(), high.hole.tolist()) == ([[0, 0]], [[1, 1]])
 
 
 @given(seeds, seeds)
@@ -79,7 +87,7 @@ def test_frames_are_moved_by_whole_pixels_and_zeros_come_in(down, right):
 def test_a_square_is_blanked():
     x = frames(3, size=20) + 3  # nowhere 0
     seen = augment(x, nothing(hole=torch.full((3, 2), 0.5)))
-    assert int((seen == 0).sum()) == 3 * 3 * (20 * CUTOUT) ** 2
+    assert int((seen == 0).sum()) == 3 * 3 * 4**2  # a fifth of each side
     assert seen[:, :, 8:12, 8:12].abs().max() == 0
 
 

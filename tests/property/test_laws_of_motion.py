@@ -6,8 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydistill.consistency.motion import (
-    CUTOFF,
-    ORDER,
     RADIUS,
     REPRESENTATIONS,
     difference,
@@ -97,7 +95,7 @@ def test_correlations_peak_at_a_sprites_displacement(seed, down, right):
     ].float()
     window = 2 * RADIUS + 1
     near = local_correlation(sprite)
-    assert near.shape == (1, 1, window * window, 9, 9)
+    assert near.shape == (1, 1, 225, 9, 9)
     best = int(near[0, 0, :, 4, 4].argmax())
     assert (best // window - RADIUS, best % window - RADIUS) == (down, right)
     anywhere = int(global_correlation(sprite)[0, 0, 4 * 9 + 4].argmax())
@@ -130,11 +128,20 @@ def test_the_mask_is_freeinits(size):
             for j in range(size[2]):
                 d2 = sum((2 * k / n - 1) ** 2 for k, n in zip((t, i, j), size, strict=True))
                 at = tuple((k - c) % n for k, c, n in zip((t, i, j), centre, size, strict=True))
-                assert float(whole[at]) == pytest.approx(1 / (1 + (d2 / CUTOFF**2) ** ORDER))
+                assert float(whole[at]) == pytest.approx(1 / (1 + (d2 / 0.25**2) ** 4))
 
 
 def test_the_mask_is_made_once_for_a_size():
     assert low_pass(4, 4, 4) is low_pass(4, 4, 4)
+
+
+def test_a_mask_first_made_in_inference_mode_serves_training():
+    low_pass.cache_clear()
+    with torch.inference_mode():
+        low_frequency(clip(0))
+    x = clip(0).requires_grad_()
+    low_frequency(x).square().sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("name", ["difference", "local_correlation", "global_correlation"])

@@ -188,6 +188,17 @@ def test_a_difference_is_decided_by_the_measures_own_better(measure, left, right
     assert verdict.reason == "3 training seeds"
 
 
+def test_figures_of_one_student_are_said_to_be_so_and_shares_are_in_points():
+    rows = {}
+    for label, value in (("a 4", 0.9), ("b 4", 0.8)):
+        three = row(label, value, "right/all")
+        rows[label] = replace(three, figures={k: replace(v, num_seeds=1) for k, v in three.figures.items()})
+    (verdict,) = decide(rows, [CompareConfig(left="a", right="b")], "teacher 50")
+    assert verdict.reason == "one training seed: its own spread is not in it"
+    assert "a 4: all right %, less b 4's: 10 [" in verdict.text
+    assert "] points (more than 0 points" in verdict.text
+
+
 def test_what_is_not_apart_is_undecided_and_what_is_absent_is_said():
     rows = {"a 4": row("a 4", 0.8, "right/all", 0.05), "b 4": row("b 4", 0.8, "right/all", 0.02)}
     (verdict,) = decide(rows, [CompareConfig(left="a", right="b")], "teacher 50")

@@ -38,6 +38,14 @@ def test_steps_a_student_cannot_do_are_skipped_and_another_path_has_its_own_rows
     assert plans == {"single 2": "deterministic", "single 2 renoise": "renoise"}
 
 
+@pytest.mark.parametrize("kinds", [("dual",), ("wide", "narrow"), ()])
+def test_the_usual_kinds_are_missed_only_where_no_others_were_asked_for(config, kinds):
+    students = dict.fromkeys(kinds, config.students["dual"][:1])
+    lineup = build_lineup(dataclasses.replace(config, students=students), NULL_TEXT)
+    missed = {one.what for one in lineup.skipped} & {"dual", "single"}
+    assert missed == {("dual",): {"single"}, ("wide", "narrow"): set(), (): {"dual", "single"}}[kinds]
+
+
 @pytest.mark.parametrize("path", ["deterministic", "renoise"])
 def test_mixtures_with_the_teacher_follow_the_students_stored_path(config, tmp_path, path):
     student = make_student(tmp_path / "student", "dual", 1, path=path)

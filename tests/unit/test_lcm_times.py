@@ -13,9 +13,9 @@ from raydistill.sampler import plan_lcm
 GRID = TimeGrid(50)
 
 
-def timesteps(num_steps):
+def timesteps(num_steps, grid=GRID):
     """Timestep k of a table of 1000 is t = (k + 1) / 1000."""
-    return [round(1000 * t) - 1 for t in lcm_times(num_steps, 1.0, 0.0, GRID)[:-1]]
+    return [round(1000 * t) - 1 for t in lcm_times(num_steps, 1.0, grid.last, grid)[:-1]]
 
 
 def test_mcms_lists():
@@ -30,6 +30,13 @@ def test_diffusers_scheduler_has_the_same(num_steps):
     scheduler = LCMScheduler(original_inference_steps=50)
     scheduler.set_timesteps(num_steps, original_inference_steps=50)
     assert scheduler.timesteps.tolist() == timesteps(num_steps)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7, 50])
+def test_a_grid_that_ends_above_the_data_has_the_same_starts(num_steps):
+    grid = TimeGrid(50, last=0.001)  # timestep 0, where MCM's last interval ends
+    assert timesteps(num_steps, grid) == timesteps(num_steps)
+    assert lcm_times(num_steps, 1.0, 0.001, grid)[-1] == 0.001
 
 
 def test_they_end_where_the_segment_ends():
@@ -59,7 +66,10 @@ def test_reach_is_how_far_a_wrong_prediction_moves_the_jump(schedule):
 
 def test_reach_by_hand():
     torch.testing.assert_close(reach(RectifiedFlow(), T, S), (T - S).double())
-    schedule = VariancePreserving.scaled_linear()
     t, s = T.double(), S.double()
+    schedule = VariancePreserving.scaled_linear()
     expected = schedule.alpha(s) * schedule.sigma(t) / schedule.alpha(t) - schedule.sigma(s)
+    torch.testing.assert_close(reach(schedule, T, S), expected)
+    schedule = VariancePreserving.scaled_linear(prediction="v")
+    expected = schedule.alpha(s) * schedule.sigma(t) - schedule.sigma(s) * schedule.alpha(t)
     torch.testing.assert_close(reach(schedule, T, S), expected)

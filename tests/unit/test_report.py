@@ -153,6 +153,15 @@ def test_markdown_table_lines_up_and_shows_intervals(results):
     assert "not comparable with FVD" in "\n".join(lines)
 
 
+def test_times_taken_once_are_said_to_be_a_hint_and_a_study_names_its_columns(results):
+    assert "median of 7 rounds in turn" in report.footnote(results)
+    results["settings"] |= {"latency_rounds": 0, "columns": ["right/all"]}
+    assert "once, not in turn" in report.footnote(results)
+    table = report.markdown_table(results).splitlines()
+    assert table[0] == "| sampler | passes | all right % | ms per clip |"
+    assert " to " in table[3]
+
+
 def test_page_escapes_what_it_did_not_write(results):
     results["skipped"] = [{"what": "<script>alert(1)</script>", "reason": "&"}]
     results["rows"][0]["label"] = "<img src=x>"

@@ -128,6 +128,28 @@ def test_jump_on_variance_preserving_is_ddim(prediction):
     torch.testing.assert_close(found, a_s.sqrt() * x0 + (1 - a_s).sqrt() * noise)
 
 
+# alpha and sigma at DDIM's timesteps, to four digits (Stable Diffusion's betas, AnimateDiff's).
+WEIGHTS = {
+    "scaled_linear": {
+        19: (0.9911, 0.1333), 259: (0.8118, 0.5840), 499: (0.5269, 0.8499), 759: (0.2285, 0.9735),
+        979: (0.0769, 0.9970), 999: (0.0683, 0.9977),
+    },
+    "linear": {
+        19: (0.9905, 0.1377), 259: (0.7417, 0.6707), 499: (0.4023, 0.9155), 759: (0.1439, 0.9896),
+        979: (0.0448, 0.9990), 999: (0.0397, 0.9992),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_of_the_teachers_schedules(kind):
+    schedule = getattr(VariancePreserving, kind)()
+    t = times(*((k + 1) / 1000 for k in WEIGHTS[kind]))
+    alpha, sigma = zip(*WEIGHTS[kind].values(), strict=True)
+    torch.testing.assert_close(schedule.alpha(t), times(*alpha), rtol=0, atol=6e-5)
+    torch.testing.assert_close(schedule.sigma(t), times(*sigma), rtol=0, atol=6e-5)
+
+
 def test_variance_preserving_ends():
     schedule = VariancePreserving((0.9, 0.5, 0.1))
     t = times(0, 1 / 3, 1 / 2, 1)

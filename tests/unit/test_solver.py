@@ -3,7 +3,7 @@ import torch
 
 from raydistill.consistency.function import jump
 from raydistill.consistency.schedule import RECTIFIED_FLOW, TimeGrid, VariancePreserving
-from raydistill.consistency.solver import euler, guide, guided, heun, solve
+from raydistill.consistency.solver import euler, guide, guided, guided_by, heun, solve
 from raydistill.models.gaussian import GaussianTeacher
 
 SHAPE = (3, 2, 3, 2, 2)
@@ -63,6 +63,24 @@ def test_guided_makes_one_batched_pass_or_two(batched, passes):
 
 def test_guidance_of_one_is_off():
     assert guided(reads_text, torch.zeros(2, 4), 1.0) is reads_text
+
+
+def test_a_scale_for_each_sample_is_that_samples_guidance_in_one_pass():
+    sizes = []
+
+    def field(x_t, t, text):
+        sizes.append(len(x_t))
+        return reads_text(x_t, t, text)
+
+    x, t = normal(1), times(0.9, 0.5, 0.1)
+    text, null = TEXT + times(1, 2, 3).view(-1, 1, 1), torch.full((2, 4), -0.5, dtype=torch.float64)
+    scales = (6.0, 1.0, 0.0)
+    found = guided_by(field, null)(x, t, text, times(*scales))
+    assert sizes == [6]
+    for i, w in enumerate(scales):
+        torch.testing.assert_close(found[i], guided(reads_text, null, w)(x, t, text)[i])
+        constant = guided_by(reads_text, null)(x, t, text, times(w, w, w))
+        torch.testing.assert_close(constant, guided(reads_text, null, w)(x, t, text))
 
 
 def error_of(method, num_intervals):
