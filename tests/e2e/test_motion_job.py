@@ -137,7 +137,6 @@ REFUSED = {
     "guidance_range": ["guidance_range=[1.5,3.5]"],
     "mix.real_share": ["mix.real_share=1.5"],
     "is not there": ["mix.trajectories={folder}/nowhere"],
-    "not trajectories": ["mix.trajectories={folder}/videos"],
 }
 
 
