@@ -89,11 +89,7 @@ def split_evenly(upper: float, lower: float, num_steps: int, grid: TimeGrid) -> 
     Raises SamplingError unless 1 <= num_steps <= intervals between; InvalidValue if an end is no node of the
     grid.
     """
-    inside = grid.intervals_in(upper, lower)
-    if not 1 <= num_steps <= len(inside):
-        raise SamplingError(
-            f"{num_steps} steps from {upper:.6g} to {lower:.6g}: the grid has {len(inside)} intervals"
-        )
+    inside = _room(num_steps, upper, lower, grid)
     nodes = [inside.start + _round_half_down(j * len(inside), num_steps) for j in range(num_steps + 1)]
     times = grid.nodes
     return tuple(times[k] for k in nodes)
@@ -106,14 +102,20 @@ def lcm_times(num_steps: int, upper: float, lower: float, grid: TimeGrid) -> tup
     Raises SamplingError unless 1 <= num_steps <= intervals between; InvalidValue if an end is no node of the
     grid.
     """
+    inside = _room(num_steps, upper, lower, grid)
+    times = grid.nodes
+    starts = [times[inside.start + j * len(inside) // num_steps] for j in range(num_steps)]
+    return (*starts, times[inside.stop])
+
+
+def _room(num_steps: int, upper: float, lower: float, grid: TimeGrid) -> range:
+    """Return the intervals between two nodes. Raises SamplingError unless they hold so many steps."""
     inside = grid.intervals_in(upper, lower)
     if not 1 <= num_steps <= len(inside):
         raise SamplingError(
             f"{num_steps} steps from {upper:.6g} to {lower:.6g}: the grid has {len(inside)} intervals"
         )
-    times = grid.nodes
-    starts = [times[inside.start + j * len(inside) // num_steps] for j in range(num_steps)]
-    return (*starts, times[inside.stop])
+    return inside
 
 
 def _round_half_down(a: int, b: int) -> int:

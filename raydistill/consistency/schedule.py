@@ -101,7 +101,7 @@ class VariancePreserving:
     ) -> "VariancePreserving":
         """Betas linear in their square root, the latent-diffusion default."""
         betas = torch.linspace(first**0.5, last**0.5, length, dtype=torch.float64) ** 2
-        return VariancePreserving(tuple(float(x) for x in (1 - betas).cumprod(0)), prediction)
+        return _from_betas(betas, prediction)
 
     @staticmethod
     def linear(
@@ -112,7 +112,7 @@ class VariancePreserving:
     ) -> "VariancePreserving":
         """Betas linear themselves (DDPM; AnimateDiff)."""
         betas = torch.linspace(first, last, length, dtype=torch.float64)
-        return VariancePreserving(tuple(float(x) for x in (1 - betas).cumprod(0)), prediction)
+        return _from_betas(betas, prediction)
 
     def _alpha2(self, t: Times) -> Times:
         table = self._table.to(t.device)
@@ -150,6 +150,10 @@ class VariancePreserving:
         if self.prediction == "v":
             return over(self.alpha(t), x0) * noise - over(self.sigma(t), x0) * x0
         return noise
+
+
+def _from_betas(betas: Tensor, prediction: Literal["epsilon", "v"]) -> VariancePreserving:
+    return VariancePreserving(tuple(float(x) for x in (1 - betas).cumprod(0)), prediction)
 
 
 Schedule = RectifiedFlow | VariancePreserving

@@ -1,8 +1,4 @@
-"""Latents on disk: one Parquet file and one manifest per shard, one manifest over all.
-
-A shard's manifest is written after its file, the artifact's after all shards. Whatever was interrupted leaves
-files that no manifest names, and those do not count.
-"""
+"""Latents on disk, see `raydistill.shards`: their rows, what was left out, which shards need not be done."""
 
 import errno
 import json

@@ -27,6 +27,7 @@ from raydistill.consistency.solver import euler, guided
 from raydistill.experts.loop import distill, draw
 from raydistill.experts.semantic import consistency_pair, starting_point, teacher_step
 from raydistill.experts.stages import Given, build_stage
+from raydistill.models.frame_critic import pool_text
 from raydistill.models.text import null_text
 from raydistill.models.unet import UNetField
 from raydistill.types import Batch, Origin
@@ -298,3 +299,28 @@ def test_a_noise_predicting_unet_is_distilled_through_the_same_jump(weights, kin
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
     moved = [p for n, p in stage.student.named_parameters() if "lora_B" in n and p.abs().max() > 0]
     assert moved
+
+
+def test_the_image_critics_two_turns_are_the_formulas(weights):
+    """Score of the generator; hinge on real and on generated frames; each lane's captions less their mean."""
+    judge = stage_of(config_of(weights)).companions["image_critic"].look.__self__
+    judge = replace(judge, config=replace(judge.config, augment=False, gradient_penalty=0.0), weight=0.7)
+    batch = one_batch(range(4))
+    pair = consistency_pair(stage_of(config_of(weights)).nets, stage_of(config_of(weights)).segment, batch)
+    with torch.no_grad():
+        said, seen = judge.look(batch, pair, batch.latents)
+        turn = judge.turn(seen).terms
+        fakes = judge.codec.decode_frames(batch.latents, judge._picked(batch.index, batch.latents, 2))
+        asked = (pool_text(batch.text) - 0.1).repeat_interleave(2, dim=0)  # the clips' mean caption
+        fake = judge.critic(judge.features(fakes.transpose(1, 2).flatten(0, 1)), asked)
+        first = torch.zeros(4, 1, dtype=torch.long)
+        reals = judge.codec.decode_frames(batch.images.latents, first)[:, :, 0]
+        real = judge.critic(judge.features(reals), pool_text(batch.images.text))  # whose mean is 0
+
+    def over_maps(values):
+        return torch.stack([x.mean(dim=1) for x in values]).mean(dim=0)
+
+    assert said["appearance"].weight == 0.7
+    torch.testing.assert_close(said["appearance"].value, over_maps([-x for x in fake]))
+    torch.testing.assert_close(turn["image_critic_real"].value, over_maps([torch.relu(1 - x) for x in real]))
+    torch.testing.assert_close(turn["image_critic_fake"].value, over_maps([torch.relu(1 + x) for x in fake]))
