@@ -17,13 +17,14 @@ import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from evaluate import make_setting
 
-from raydistill.artifacts import LatentStore, fingerprint, tree_digest, write_atomically, write_json
+from raydistill.artifacts import LatentStore, fingerprint, tree_digest, write_atomically
 from raydistill.config.ablate import AblateConfig
 from raydistill.config.distill import DistillConfig
 from raydistill.config.evaluate import EvaluateConfig
@@ -33,7 +34,6 @@ from raydistill.errors import (
     ConfigError,
     DistillError,
     InvalidValue,
-    StaleArtifact,
     disk_full_explained,
 )
 from raydistill.evaluation.build import build_report
@@ -49,30 +49,33 @@ SWITCHES = {
     "no-training": "measure what is trained already; what is missing is skipped",
     "update-docs": "copy table and pictures to docs/ablation/NAME",
 }
-DONE = "trained.json"
 SHOWN = ("quality", "strips", "losses")
 """Pictures on a study's page."""
 
 
 def run_folder(config: AblateConfig, variant: str, seed: int) -> Path:
-    """Where one training lies."""
-    return Path(config.output, f"{variant}-{seed}")
+    """Where one training lies: named by its settings, so that variants that ask for the same share it."""
+    return Path(config.trainings, f"{identity_of(settings_of(config, variant, seed))[:12]}-{seed}")
 
 
 def command_of(config: AblateConfig, variant: str, seed: int) -> list[str]:
     """The training's command, after the interpreter."""
-    folder = run_folder(config, variant, seed)
-    job = str(Path(__file__).with_name("distill.py"))
+    job, folder = str(Path(__file__).with_name("distill.py")), run_folder(config, variant, seed)
     return [job, "--config", config.base, *config.asked(variant, seed), f"output={folder}"]
 
 
 def settings_of(config: AblateConfig, variant: str, seed: int) -> DistillConfig:
     """Settings of one training, in full. Raises ConfigError's children, which name the variant."""
     try:
-        return from_command_line(DistillConfig, command_of(config, variant, seed)[1:])[0]
+        return replace(_read(config.base, *config.shared, *config.variants[variant]), seed=seed)
     except ConfigError as error:
         error.add_note(f"variant {variant}")
         raise
+
+
+@cache
+def _read(base: str, *pairs: str) -> DistillConfig:
+    return from_command_line(DistillConfig, ["--config", base, *pairs])[0]
 
 
 def check(config: AblateConfig) -> None:
@@ -99,23 +102,20 @@ def _one_of(key: str, value: str | int, known: Collection[str] | Collection[int]
 
 
 def is_trained(config: AblateConfig, variant: str, seed: int) -> bool:
-    """Whether this very training is finished: other settings, weights or data make it another one.
+    """Whether this very training is finished: other weights or data in the same place make it another one.
 
     Raises MissingArtifact if its teacher or its data are not there.
     """
-    folder = run_folder(config, variant, seed)
-    asked = settings_of(config, variant, seed)
-    known, made_of = _read(folder / DONE), _read(folder / "student" / CARD).get("sources", {})
-    wanted = sources_of(asked)
-    same = known.get("identity") == identity_of(asked)
-    return same and wanted == {name: made_of.get(name) for name in wanted}
+    made_of = _sources_in(run_folder(config, variant, seed) / "student" / CARD)
+    wanted = sources_of(settings_of(config, variant, seed))
+    return wanted == {name: made_of.get(name) for name in wanted}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read what a finished training left, or nothing: the training is then done again or goes on."""
+def _sources_in(card: Path) -> dict[str, Any]:
+    """Read what a finished training was made of, or nothing: it is then done again or goes on."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return json.loads(card.read_bytes())["sources"]
+    except (FileNotFoundError, ValueError, KeyError):
         return {}
 
 
@@ -132,20 +132,6 @@ def sources_of(asked: DistillConfig) -> dict[str, str]:
     if asked.mix.trajectories:
         found["trajectories"] = TrajectoryStore(asked.mix.trajectories).fingerprint
     return found
-
-
-def require_same_settings(config: AblateConfig) -> None:
-    """Refuse students that were trained with other settings than their variant's: their row would lie."""
-    for variant in config.variants:
-        for seed in config.seeds:
-            folder = run_folder(config, variant, seed)
-            there = (folder / "student" / CARD).is_file()
-            asked = identity_of(settings_of(config, variant, seed))
-            if there and _read(folder / DONE).get("identity") != asked:
-                raise StaleArtifact(
-                    f"{folder} was trained with other settings than {variant} has now: "
-                    "give the study another output folder, or delete this one and train again"
-                )
 
 
 def train(config: AblateConfig) -> None:
@@ -184,13 +170,13 @@ def train_one(config: AblateConfig, variant: str, seed: int) -> str:
         raise DistillError(
             f"{variant}, seed {seed}: exit status {status}: {' '.join(last)}; see {folder}/log.txt"
         )
-    write_json(folder / DONE, {"identity": identity_of(settings_of(config, variant, seed))})
     return f"{variant}, seed {seed}: {time.monotonic() - began:.0f} s"
 
 
 def evaluation(config: AblateConfig) -> EvaluateConfig:
     """Settings of the measurement: every variant a kind of student, and no other student."""
     given = [*config.evaluate_shared, f"output={config.output}/evaluation", "latency.rounds=0"]
+    given.append(f"records={config.trainings}/records")
     asked, _ = from_command_line(EvaluateConfig, ["--config", config.evaluate, *given])
     folders = {
         variant: [run_folder(config, variant, seed) for seed in config.seeds] for variant in config.variants
@@ -213,7 +199,6 @@ def commit() -> str:
 
 def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:
     """Measure all students; return the study's page, for a folder that holds its pictures, and these."""
-    require_same_settings(config)
     asked = evaluation(config)
     torch.set_num_threads(asked.threads)
     lineup = build_lineup(asked, WordVectors()([""])[0])

@@ -58,7 +58,10 @@ class AblateConfig:
     compare: list[CompareConfig] = field(default_factory=list[CompareConfig])
     """What the study decides."""
     output: str = MISSING
-    """Folder of the runs, records and the report; the same command goes on in it."""
+    """Folder of the report."""
+    trainings: str = MISSING
+    """Folder of the trainings and the records of their samplers; the same command goes on in it. Studies that
+    name the same share them: a training that several ask for is done once."""
     parallel: int = 1
     """Trainings at a time."""
 

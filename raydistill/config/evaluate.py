@@ -65,6 +65,8 @@ class EvaluateConfig:
     """Raise instead of skipping when a student or the judge is not there."""
     output: str = "build/evaluation"
     """Receives report.html, report/, results.json and records/, from which a second run goes on."""
+    records: str = ""
+    """Folder of the records, if not that: evaluations that share it measure a sampler once."""
     num_clips: int = 144
     """Clips per sampler. 144 fits in about 90 seconds; intervals for a README want 576 or more."""
     reference_clips: int = 1152

@@ -127,16 +127,15 @@ def _from_pair(pair: str) -> dict[str, Any]:
 
 
 def _build(schema: type[Schema], sources: list[tuple[str, dict[str, Any]]]) -> Schema:
-    config = OmegaConf.structured(schema)
-    origin: dict[str, str] = {}
+    leaves = list[tuple[str, Leaf]]()
     for where, given in sources:
         try:
-            leaves = list(_leaves(schema, given, key_names(schema)))
-            config = _merged(schema, config, leaves)
+            leaves += [(where, leaf) for leaf in _leaves(schema, given, key_names(schema))]
         except ConfigError as error:
             error.add_note(where)
             raise
-        origin |= {key: where for key, _ in leaves}
+    config = _merged(schema, leaves)
+    origin = {key: where for where, (key, _) in leaves}
     try:
         for key, kind, _ in reversed(
             list(walk(schema))
@@ -167,17 +166,25 @@ def _leaves(
             raise InvalidValue(key, value, f"a section: give its fields, such as {key}.NAME")
 
 
-def _merged(schema: type, config: DictConfig, leaves: list[Leaf]) -> DictConfig:
-    """`config` with the leaves in it; all at once, and one by one only to name the one that is wrong."""
+@cache
+def _defaults(schema: type) -> DictConfig:
+    """The schema's own values; shared, so not to be changed."""
+    return OmegaConf.structured(schema)
+
+
+def _merged(schema: type, leaves: list[tuple[str, Leaf]]) -> DictConfig:
+    """The defaults with the leaves in them; all at once; one by one to name the wrong one."""
     try:
-        return cast(DictConfig, OmegaConf.merge(config, *(_nested(leaf) for leaf in leaves)))
+        return cast(DictConfig, OmegaConf.merge(_defaults(schema), *(_nested(leaf) for _, leaf in leaves)))
     except OmegaConfBaseException:
         kinds = {known: kind for known, kind, _ in walk(schema)}
-        for key, value in leaves:
+        for where, leaf in leaves:
             try:
-                OmegaConf.merge(config, _nested((key, value)))
+                OmegaConf.merge(_defaults(schema), _nested(leaf))
             except OmegaConfBaseException as error:
-                raise InvalidValue(key, value, f"expected {describe(kinds[key])}") from error
+                wrong = InvalidValue(*leaf, f"expected {describe(kinds[leaf[0]])}")
+                wrong.add_note(where)
+                raise wrong from error
         raise
 
 

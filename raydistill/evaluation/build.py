@@ -60,12 +60,13 @@ def build_report(
     `decide` gives verdicts other than the usual ones from the rows by label; `more` goes into the settings,
     of which `columns` names the measures of the table.
 
-    Samplers already measured, by the same code on the same clips, are read back from records/.
+    Samplers already measured, by the same code on the same clips, are read back from config.records.
     """
     output = Path(config.output)
-    bench = Bench(setting, RecordStore(output / "records"), progress)
+    kept = Path(config.records or output / "records")
+    bench = Bench(setting, RecordStore(kept), progress)
     records = bench.run(lineup)
-    timings = _timings(config, setting, lineup, output / "records")
+    timings = _timings(config, setting, lineup, kept)
     summary = Summary(bench.control, bench.real_features, config.seed, config.num_draws)
     rows = rows_of(summary, lineup.candidates, records)
     reference = [summary.reference(CONTROL, bench.control), summary.reference(ROUND_TRIP, bench.round_trip)]

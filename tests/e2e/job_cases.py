@@ -1,14 +1,21 @@
 """Run a job as its user would, and see that nothing of it is left."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 from shared_memory import shared_memory
+
+from raydistill.artifacts import fingerprint
+from raydistill.latents.shards import latent_row, write_shard
+from raydistill.shards import point_to, write_artifact
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,3 +53,25 @@ def marked(mark):
         except psutil.Error:
             continue
     return found
+
+
+def write_latents(folder, codec, count):
+    """What jobs/prepare.py would have made: clips of noise, with the digest of their codec."""
+    identity = {"models": {"codec": {"digest": codec}}}
+    draw = partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
+    rows = [latent_row(draw((4, 16, 4, 4)), draw((8, 32)), f"clip {i}", str(i)) for i in range(count)]
+    shard = write_shard(folder / "x", "part-0", rows, identity, order=0, rows_per_group=1)
+    write_artifact(folder / "x", [shard], identity)
+    point_to(folder, "x", fingerprint(identity))
+
+
+def load_job(name):
+    """Import a job, to call it in this process."""
+    sys.path.insert(0, str(ROOT / "jobs"))
+    try:
+        spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "jobs"))
+    return module

@@ -6,11 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import ray
 import torch
-from job_cases import ROOT, job
+from job_cases import ROOT, job, load_job, write_latents
 from motion_cases import teacher
 from safetensors.torch import load_file
 
+from raydistill.artifacts import tree_digest
+from raydistill.config.load import run
 from raydistill.models.codec import build_tiny_codec
 from raydistill.models.frame_features import FrameNet
 from raydistill.student import load_student
@@ -21,16 +24,15 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Untrained networks; latents of poor videos and of images; recorded paths."""
+    """Untrained networks; latents of clips, images made by the job, recorded paths."""
     folder = tmp_path_factory.mktemp("motion")
     teacher().network.save_pretrained(folder / "teacher")
     build_tiny_codec(0, width=8).save(folder / "codec")
     torch.manual_seed(0)
     FrameNet({"shape": 3}, widths=(8, 8, 8, 8)).save(folder / "features")
-    for kind, name in (("sprites", "videos"), ("sprite_images", "images")):
-        files = [f"source.kind={kind}", f"source.path={folder}/{name}-files", "source.num_clips=12"]
-        poor = ["source.severity=1"] if name == "videos" else []
-        job("prepare", f"output={folder}/{name}", f"encode.codec={folder}/codec", *files, *poor)
+    files = ["source.kind=sprite_images", f"source.path={folder}/image-files", "source.num_clips=12"]
+    job("prepare", f"output={folder}/images", f"encode.codec={folder}/codec", *files)
+    write_latents(folder / "videos", tree_digest(folder / "codec"), 12)
     said = job("prepare", f"output={folder}/paths", *recording(folder))
     assert "trajectories: " in said
     return folder
@@ -130,6 +132,12 @@ def test_it_is_measured_beside_its_teacher(made, two):
     assert "dual" not in table
 
 
+@pytest.fixture(scope="module")
+def distill():
+    """The job, in this process: its refusals need no Ray."""
+    return load_job("distill")
+
+
 REFUSED = {
     "an artifact of images": ["images=''", "motion.objective.appearance=1"],
     "holds clips of 16 latent frames, not images": ["images={folder}/videos"],
@@ -141,20 +149,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("said", REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_starts(made, said):
-    command = [sys.executable, str(ROOT / "jobs" / "distill.py")]
+def test_what_does_not_fit_is_refused_before_anything_starts(made, distill, said, monkeypatch, capsys):
     changed = [value.format(folder=made) for value in REFUSED[said]]
-    done = subprocess.run(
-        [*command, *settings(made, "refused", *changed)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode in (1, 2)
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) <= 4
+    monkeypatch.setattr(sys, "argv", ["distill.py", *settings(made, "refused", *changed)])
+    with pytest.raises(SystemExit) as ended:
+        run(distill.main)
+    assert ended.value.code in (1, 2)
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
     assert not (made / "refused").exists()
+    assert not ray.is_initialized()
 
 
 def test_images_without_captions_are_counted_and_refused(made, tmp_path):
-    for path in sorted((made / "images-files").glob("*.png"))[:3]:
+    for path in sorted((made / "image-files").glob("*.png"))[:3]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     command = [sys.executable, str(ROOT / "jobs" / "prepare.py"), f"output={tmp_path}/out"]
     command += ["source.kind=images", f"source.path={tmp_path}", f"encode.codec={made}/codec"]

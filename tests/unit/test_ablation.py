@@ -12,7 +12,7 @@ import pytest
 from raydistill.artifacts import fingerprint
 from raydistill.config.ablate import AblateConfig, CompareConfig
 from raydistill.config.load import load
-from raydistill.errors import InvalidValue, RaydistillError, StaleArtifact
+from raydistill.errors import InvalidValue, RaydistillError
 from raydistill.evaluation import intervals
 from raydistill.evaluation.measures import BY_NAME
 from raydistill.evaluation.studies import decide
@@ -43,6 +43,7 @@ def study(**changed):
         "question": "?",
         "base": str(ROOT / "jobs/tiny/single.yaml"),
         "output": "runs/toy",
+        "trainings": "runs/trainings",
     }
     fields |= {
         "evaluate": str(ROOT / "jobs/tiny/evaluate.yaml"),
@@ -122,12 +123,11 @@ def trained(job, tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "weights").write_text("first")
     inputs = [f"teacher={tmp_path}/teacher", f"data={make_latents(tmp_path / 'data', 0)}"]
-    config = study(output=str(tmp_path / "runs"), shared=inputs, seeds=(7, 8))
+    config = study(trainings=str(tmp_path / "trainings"), shared=inputs, seeds=(7, 8))
     folder, asked = job.run_folder(config, "b", 7), job.settings_of(config, "b", 7)
     (folder / "student").mkdir(parents=True)
+    assert not job.is_trained(config, "b", 7)  # stopped while the student was written: its card is the last
     (folder / "student" / CARD).write_text(json.dumps({"sources": job.sources_of(asked)}))
-    assert not job.is_trained(config, "b", 7)  # nobody says what it was trained with
-    (folder / "trained.json").write_text(json.dumps({"identity": job.identity_of(asked)}))
     return config
 
 
@@ -150,10 +150,16 @@ def test_another_teacher_or_other_data_in_the_same_place_are_another_training(jo
     assert not job.is_trained(trained, "b", 7)
 
 
-def test_a_student_of_other_settings_is_not_shown_as_its_variant(job, trained):
-    job.require_same_settings(trained)  # what is missing is left out
-    with pytest.raises(StaleArtifact, match=r"b-7 was trained with other settings than b has now"):
-        job.require_same_settings(replace(trained, variants={"a": [], "b": ["boundary=0.7"]}))
+def test_studies_share_a_training_that_both_ask_for_and_no_other(job):
+    one = study(variants={"a": ["boundary=0.6"], "b": ["boundary=0.7"]})
+    other = study(name="other", output="runs/other", shared=["boundary=0.6"], variants={"same": []})
+    assert job.run_folder(one, "a", 7) == job.run_folder(other, "same", 7)
+    folders = {job.run_folder(one, variant, seed) for variant in "ab" for seed in (7, 8)}
+    assert len(folders) == 4
+    measured = [job.evaluation(config) for config in (one, other)]
+    assert measured[0].students["a"] == measured[1].students["same"]
+    assert measured[0].records == measured[1].records
+    assert measured[0].output != measured[1].output
 
 
 def test_the_page_shows_question_variants_table_and_the_pictures_there_are(job):
