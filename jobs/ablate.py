@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from evaluate import make_setting
+from filelock import FileLock
 
-from raydistill.artifacts import LatentStore, fingerprint, tree_digest, write_atomically
+from raydistill.artifacts import LatentStore, fingerprint, tree_digest, write_atomically, write_json
 from raydistill.config.ablate import AblateConfig
 from raydistill.config.distill import DistillConfig
 from raydistill.config.evaluate import EvaluateConfig
@@ -49,13 +50,20 @@ SWITCHES = {
     "no-training": "measure what is trained already; what is missing is skipped",
     "update-docs": "copy table and pictures to docs/ablation/NAME",
 }
+MADE = "made.json"
 SHOWN = ("quality", "strips", "losses")
 """Pictures on a study's page."""
 
 
 def run_folder(config: AblateConfig, variant: str, seed: int) -> Path:
-    """Where one training lies: named by its settings, so that variants that ask for the same share it."""
-    return Path(config.trainings, f"{identity_of(settings_of(config, variant, seed))[:12]}-{seed}")
+    """Where one training lies: named by its settings and by the contents of what it reads.
+
+    So whoever asks for the same shares it, and another teacher in the old one's place makes another training.
+    Raises MissingArtifact if what it reads is not there.
+    """
+    asked = settings_of(config, variant, seed)
+    wanted = {name: value for name, value in asdict(asked).items() if name != "output"}
+    return Path(config.trainings, f"{fingerprint([wanted, sources_of(asked)])[:12]}-{seed}")
 
 
 def command_of(config: AblateConfig, variant: str, seed: int) -> list[str]:
@@ -82,7 +90,7 @@ def check(config: AblateConfig) -> None:
     """Read every setting, so that a typo is found before any training. Raises ConfigError's children."""
     for variant in config.variants:
         settings_of(config, variant, config.seeds[0])
-    require_measured(config, evaluation(config))
+    require_measured(config, measurement(config))
 
 
 def require_measured(config: AblateConfig, measured: EvaluateConfig) -> None:
@@ -102,35 +110,21 @@ def _one_of(key: str, value: str | int, known: Collection[str] | Collection[int]
 
 
 def is_trained(config: AblateConfig, variant: str, seed: int) -> bool:
-    """Whether this very training is finished: other weights or data in the same place make it another one.
-
-    Raises MissingArtifact if its teacher or its data are not there.
-    """
-    made_of = _sources_in(run_folder(config, variant, seed) / "student" / CARD)
-    wanted = sources_of(settings_of(config, variant, seed))
-    return wanted == {name: made_of.get(name) for name in wanted}
-
-
-def _sources_in(card: Path) -> dict[str, Any]:
-    """Read what a finished training was made of, or nothing: it is then done again or goes on."""
-    try:
-        return json.loads(card.read_bytes())["sources"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return {}
-
-
-def identity_of(asked: DistillConfig) -> str:
-    """Digest of what a training was asked for, wherever it lies."""
-    return fingerprint({name: value for name, value in asdict(asked).items() if name != "output"})
+    """Whether this very training is finished: the card is the last that a student gets."""
+    return (run_folder(config, variant, seed) / "student" / CARD).is_file()
 
 
 def sources_of(asked: DistillConfig) -> dict[str, str]:
-    """Digests of what a training reads, by their names in a student's card."""
-    found = {"teacher": tree_digest(asked.teacher), "latents": LatentStore(asked.data).fingerprint}
+    """Digests of what a training reads."""
+    found = {name: tree_digest(getattr(asked, name)) for name in ("teacher", "codec")}
+    found["latents"] = LatentStore(asked.data).fingerprint
     if asked.images:
         found["images"] = LatentStore(asked.images).fingerprint
     if asked.mix.trajectories:
         found["trajectories"] = TrajectoryStore(asked.mix.trajectories).fingerprint
+    for name in asked.stages:
+        if asked.stage(name).objective.appearance:
+            found[f"{name}_features"] = tree_digest(asked.stage(name).appearance.features)
     return found
 
 
@@ -159,33 +153,50 @@ def train(config: AblateConfig) -> None:
 
 
 def train_one(config: AblateConfig, variant: str, seed: int) -> str:
-    """One training in a process of its own; its output goes to log.txt in its folder."""
+    """One training in a process of its own; its output goes to log.txt in its folder.
+
+    Waits for another study that is at the same training.
+    """
     folder, began = run_folder(config, variant, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        command = [sys.executable, *command_of(config, variant, seed)]
-        status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
-    if status:
-        last = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise DistillError(
-            f"{variant}, seed {seed}: exit status {status}: {' '.join(last)}; see {folder}/log.txt"
-        )
+    with FileLock(folder / ".study"):
+        if is_trained(config, variant, seed):
+            return f"{variant}, seed {seed}: trained meanwhile"
+        with open(folder / "log.txt", "w", encoding="utf-8") as log:
+            command = [sys.executable, *command_of(config, variant, seed)]
+            status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+        if status:
+            last = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise DistillError(
+                f"{variant}, seed {seed}: exit status {status}: {' '.join(last)}; see {folder}/log.txt"
+            )
+        write_json(folder / MADE, {"commit": commit(), "command": command[1:]})
     return f"{variant}, seed {seed}: {time.monotonic() - began:.0f} s"
+
+
+def measurement(config: AblateConfig) -> EvaluateConfig:
+    """Settings of the measurement, but for the students."""
+    given = [*config.evaluate_shared, f"output={config.output}/evaluation", "latency.rounds=0"]
+    given.append(f"records={config.trainings}/records")
+    return from_command_line(EvaluateConfig, ["--config", config.evaluate, *given])[0]
 
 
 def evaluation(config: AblateConfig) -> EvaluateConfig:
     """Settings of the measurement: every variant a kind of student, and no other student."""
-    given = [*config.evaluate_shared, f"output={config.output}/evaluation", "latency.rounds=0"]
-    given.append(f"records={config.trainings}/records")
-    asked, _ = from_command_line(EvaluateConfig, ["--config", config.evaluate, *given])
     folders = {
         variant: [run_folder(config, variant, seed) for seed in config.seeds] for variant in config.variants
     }
     return replace(
-        asked,
+        measurement(config),
         students={variant: [f"{one}/student" for one in every] for variant, every in folders.items()},
         metrics={variant: f"{every[0]}/metrics.jsonl" for variant, every in folders.items()},
     )
+
+
+def commits_of(config: AblateConfig) -> list[str]:
+    """The code's commits that the trainings were done at."""
+    every = (run_folder(config, variant, seed) / MADE for variant in config.variants for seed in config.seeds)
+    return sorted({json.loads(one.read_bytes())["commit"] for one in every if one.is_file()})
 
 
 def commit() -> str:
@@ -210,6 +221,7 @@ def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:
         "base": config.base,
         "seeds": list(config.seeds),
         "commit": commit(),
+        "trained_at": commits_of(config),
         "command": f"python jobs/ablate.py {' '.join(sys.argv[1:])}",
         "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} CPUs",
     }
@@ -237,7 +249,10 @@ def progress(title: str, done: int, total: int) -> None:
 def page(config: AblateConfig, table: str, more: dict[str, Any], shown: Collection[str]) -> str:
     """The study as Markdown: question, variants, table, decisions, and how it was made."""
     variants = [f"* `{name}`: `{settings}`" for name, settings in config.as_dict().items()]
-    made = f"`{more['command']}` at {more['commit']}, seeds {more['seeds']}, on {more['machine']}."
+    made = (
+        f"`{more['command']}` at {more['commit']}, trained at {', '.join(more['trained_at'])}, "
+        f"seeds {more['seeds']}, on {more['machine']}."
+    )
     parts = [f"# {config.name}", config.question, "\n".join(variants), table.strip(), made]
     pictures = [f"![{name}]({PICTURES[name]})" for name in shown]
     return "\n\n".join([*parts, *pictures]) + "\n"

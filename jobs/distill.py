@@ -228,6 +228,8 @@ def check(config: DistillConfig, stores: Stores, *, analyse: bool = False) -> di
 def require_images(config: DistillConfig, images: LatentStore, codec: str, clip: LatentRow) -> dict[str, str]:
     """Images must be of the clips' codec, sizes and kind of caption; returns the feature nets' digests."""
     images.require_codec(codec)
+    if config.max_images > len(images):
+        raise InvalidValue("max_images", config.max_images, f"at most the {len(images)} of {config.images}")
     row = images.row(0)
     if row.latents.shape[1] != 1:
         raise StaleArtifact(

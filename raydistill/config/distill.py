@@ -217,6 +217,8 @@ class DistillConfig:
         for name in ("save_every", "keep", "report_every"):
             at_least(name, getattr(self, name), 1)
         at_least("max_images", self.max_images, 0)
+        if self.max_images and not self.images:
+            raise InvalidValue("max_images", self.max_images, "0 without images")
         low_high = self.guidance_range
         if low_high and not (len(low_high) == 2 and 0 <= low_high[0] <= low_high[1]):
             raise InvalidValue("guidance_range", low_high, "two numbers, 0 <= lowest <= highest, or empty")

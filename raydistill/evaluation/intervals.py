@@ -7,16 +7,18 @@ further care.
 Several students of one kind are averaged, and both levels are resampled: clips (shared by all students) and
 students. Resampling a handful of students alone would claim too much: with three, its 95 % interval holds the
 truth 75 % of the time. Their part is therefore stretched, by sqrt(k / (k - 1)) for what drawing k of k with
-replacement loses in spread, and by Student's t over the normal quantile for a spread estimated from k numbers
-(seen to cover 93 to 95 %). With one student the interval is over clips alone, and `num_seeds` says so.
+replacement loses in spread, and by Student's t over the normal quantile for a spread known from k numbers.
+A comparison of two kinds has the degrees of freedom of both (Welch's formula), so the stretch is left to the
+last moment. With one student the interval is over clips alone, and `num_seeds` says so.
 
 A share of exactly 0 or 1 gets an interval without width: no resampling shows what was never seen. Read it as
-"within 3 / n" (the rule of three).
+"within 3 / n" (the rule of three); `of_shares` gives a difference of such shares that width.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -25,7 +27,7 @@ LEVEL = 0.95
 NUM_DRAWS = 400
 NORMAL = 1.960
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles for 1, 2, ... degrees of freedom; more students than ten count as ten."""
+"""97.5 % quantiles for 1, 2, ... degrees of freedom."""
 Clips = Float[np.ndarray, " n"]
 Draws = Float[np.ndarray, " draws"]
 
@@ -52,14 +54,36 @@ class Bootstrapped:
 
     value: float
     draws: Draws
+    """On other clips, the students being these."""
     num_clips: int
     num_seeds: int = 1
+    others: Draws | None = None
+    """On other clips and with other students; None with one student, whose spread is unknown."""
+    dof: float = math.inf
+    """Degrees of freedom of the students' part."""
+    kinds: frozenset[str] = frozenset()
+    """Whose students were drawn."""
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    """What is possible; a stretched interval does not go beyond."""
+
+    @property
+    def drawn(self) -> Draws:
+        """`others` where there are any."""
+        return self.draws if self.others is None else self.others
 
     def estimate(self) -> Estimate:
         """Percentile interval."""
         tail = 50 * (1 - LEVEL)
-        low, high = np.percentile(self.draws, [tail, 100 - tail])
+        stretched = self.draws + _stretch(self.dof) * (self.drawn - self.draws)
+        low, high = np.clip(np.percentile(stretched, [tail, 100 - tail]), *self.limits)
         return Estimate(self.value, float(low), float(high), self.num_clips, self.num_seeds)
+
+
+def _stretch(dof: float) -> float:
+    """Student's t over the normal quantile; nearly linear in 1 / dof."""
+    table = {1 / k: t for k, t in enumerate(STUDENT_T, 1)} | {0.0: NORMAL}
+    at = sorted(table)
+    return float(np.interp(1 / dof, at, [table[x] for x in at])) / NORMAL
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
@@ -80,17 +104,13 @@ def over_seeds(
 ) -> Bootstrapped:
     """Average students of different training seeds; `key` names their kind, whose figures stay paired."""
     count, num_draws = draws.shape
-    together = draws.mean(axis=0)
-    if count > 1:
-        drawn = _generator(seed, f"seeds/{key}").integers(count, size=(num_draws, count))
-        picked = np.take_along_axis(draws.T, drawn, axis=1).mean(axis=1)
-        together = together + _stretch(count) * (picked - together)
-    return Bootstrapped(float(np.mean(values)), together, num_clips, count)
-
-
-def _stretch(count: int) -> float:
-    t = STUDENT_T[min(count, len(STUDENT_T) + 1) - 2]
-    return t / NORMAL * (count / (count - 1)) ** 0.5
+    together, value = draws.mean(axis=0), float(np.mean(values))
+    if count == 1:
+        return Bootstrapped(value, together, num_clips)
+    drawn = _generator(seed, f"seeds/{key}").integers(count, size=(num_draws, count))
+    picked = np.take_along_axis(draws.T, drawn, axis=1).mean(axis=1)
+    others = together + (count / (count - 1)) ** 0.5 * (picked - together)
+    return Bootstrapped(value, together, num_clips, count, others, count - 1, frozenset({key}))
 
 
 def mean(
@@ -113,7 +133,18 @@ def ratio(a: Bootstrapped, b: Bootstrapped) -> Bootstrapped:
 
 def transform(a: Bootstrapped, how: Callable) -> Bootstrapped:
     """Apply a function of numbers and arrays to a figure and its draws."""
-    return Bootstrapped(float(how(a.value)), how(a.draws), a.num_clips, a.num_seeds)
+    others = None if a.others is None else how(a.others)
+    return replace(
+        a, value=float(how(a.value)), draws=how(a.draws), others=others, limits=Bootstrapped.limits
+    )
+
+
+def of_shares(apart: Estimate, scale: float = 1.0) -> Estimate:
+    """A difference of shares; where both sides are all or nothing, as wide as what was never seen allows."""
+    if apart.low < apart.high:
+        return apart
+    margin = 3 * scale / apart.num_clips
+    return replace(apart, low=apart.low - margin, high=apart.high + margin)
 
 
 def _combine(a: Bootstrapped, b: Bootstrapped, how: Callable) -> Bootstrapped:
@@ -121,9 +152,27 @@ def _combine(a: Bootstrapped, b: Bootstrapped, how: Callable) -> Bootstrapped:
         raise ValueError(
             f"not paired: {a.num_clips} clips x {len(a.draws)} draws, {b.num_clips} x {len(b.draws)}"
         )
+    draws = how(a.draws, b.draws)
+    none = a.others is None and b.others is None
+    apart = [float(np.var(one - draws)) for one in (how(a.drawn, b.draws), how(a.draws, b.drawn))]
     return Bootstrapped(
-        float(how(a.value, b.value)), how(a.draws, b.draws), a.num_clips, min(a.num_seeds, b.num_seeds)
+        float(how(a.value, b.value)),
+        draws,
+        a.num_clips,
+        min(a.num_seeds, b.num_seeds),
+        None if none else how(a.drawn, b.drawn),
+        _dof((a, apart[0]), (b, apart[1])),
+        a.kinds | b.kinds,
     )
+
+
+def _dof(*sides: tuple[Bootstrapped, float]) -> float:
+    """Degrees of freedom of the students' part of two figures, whose variances are given (Welch)."""
+    (a, _), (b, _) = sides
+    if a.kinds & b.kinds:  # the same students on both sides: they were drawn together
+        return min(a.dof, b.dof)
+    whole, parts = sum(v for _, v in sides), sum(v**2 / one.dof for one, v in sides)
+    return whole**2 / parts if parts else math.inf
 
 
 def median(values: Sequence[float], seed: int = 0, num_draws: int = NUM_DRAWS) -> Bootstrapped:

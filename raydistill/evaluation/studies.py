@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from raydistill.config.ablate import CompareConfig
-from raydistill.evaluation import intervals
 from raydistill.evaluation.measures import BY_NAME
 from raydistill.evaluation.summary import Row
-from raydistill.evaluation.verdicts import Verdict
+from raydistill.evaluation.verdicts import Verdict, apart, said
 
 
 def decide(rows: Mapping[str, Row], compare: Sequence[CompareConfig], anchor: str) -> list[Verdict]:
@@ -22,16 +21,12 @@ def _decided(rows: Mapping[str, Row], one: CompareConfig, anchor: str) -> Verdic
     labels = [anchor if side == "teacher" else f"{side} {one.num_steps}" for side in (one.left, one.right)]
     measure = BY_NAME[one.measure]
     side = "more than" if measure.better == "higher" else "less than"
-    words = measure.label if measure.better != "one" else f"distance of {measure.label} from 1"
-    claim = f"{labels[0]}: {words}, less {labels[1]}'s"
+    claim = f"{labels[0]}: {said(one.measure, measure.label)}, less {labels[1]}'s"
     absent = [label for label in labels if label not in rows or one.measure not in rows[label].figures]
     if absent:
         return Verdict(claim, 0.0, side, "", None, f"{' and '.join(absent)} not measured")
     figures = [rows[label].figures[one.measure] for label in labels]
-    if measure.better == "one":
-        figures = [intervals.transform(figure, lambda x: abs(x - 1)) for figure in figures]
-    apart = intervals.transform(intervals.difference(*figures), lambda x: measure.scale * x)
-    unit = " points" if measure.scale == 100 else ""
+    figure, unit = apart(one.measure, *figures), " points" if measure.scale == 100 else ""
     seeds = min(rows[label].figures[one.measure].num_seeds for label in labels if label != anchor)
     note = f"{seeds} training seeds" if seeds > 1 else "one training seed: its own spread is not in it"
-    return Verdict(claim, 0.0, side, unit, apart.estimate(), note)
+    return Verdict(claim, 0.0, side, unit, figure, note)

@@ -77,11 +77,7 @@ class Summary:
             if name == "diversity":
                 stacked = stacked / self.natural_spread
             figures[name] = intervals.mean(stacked, self.weights, key, self.seed)
-        # Few students stretch an interval, but not beyond what is possible.
-        return {
-            name: replace(figure, draws=np.clip(figure.draws, 0, BY_NAME[name].most))
-            for name, figure in figures.items()
-        }
+        return {name: replace(figure, limits=(0.0, BY_NAME[name].most)) for name, figure in figures.items()}
 
 
 def rows_of(

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from raydistill.evaluation import intervals
 from raydistill.evaluation.candidates import TEACHER, TWO_PASSES, Candidate
-from raydistill.evaluation.intervals import Estimate
-from raydistill.evaluation.measures import ALL_RIGHT
+from raydistill.evaluation.intervals import Bootstrapped, Estimate
+from raydistill.evaluation.measures import ALL_RIGHT, BY_NAME
 from raydistill.evaluation.summary import CONTROL, Row
 
 Side = Literal["at most", "at least", "more than", "less than"]
@@ -63,6 +63,20 @@ class Verdict:
         return f"{self.claim}: {f.value:.3g} [{f.low:.3g}, {f.high:.3g}]{self.unit} ({limit}{note})"
 
 
+def apart(measure: str, left: Bootstrapped, right: Bootstrapped) -> Estimate:
+    """Left less right, in points where it is a share; where 1 is best, of the distances from 1."""
+    how = BY_NAME[measure]
+    if how.better == "one":
+        left, right = (intervals.transform(one, lambda x: abs(x - 1)) for one in (left, right))
+    less = intervals.transform(intervals.difference(left, right), lambda x: how.scale * x).estimate()
+    return intervals.of_shares(less, how.scale) if how.scale == 100 else less
+
+
+def said(measure: str, words: str) -> str:
+    """What `apart` compares."""
+    return f"distance of {words} from 1" if BY_NAME[measure].better == "one" else words
+
+
 class Judgement:
     """Compares rows of one table."""
 
@@ -81,8 +95,8 @@ class Judgement:
         if label not in self.rows:
             return []
         return [
-            self._apart("sharpness", "sharpness", label, best, "more than"),
-            self._apart("watermark", "watermark", label, best, "less than"),
+            self._better("sharpness", "sharpness", label, best),
+            self._better("watermark", "watermark", label, best),
             self._accuracy(label, best, "at least", -2.0, "path/direction", "direction of the path right"),
             self._accuracy(label, best, "at least", -2.0, "right/direction", "direction right by the judge"),
             self._accuracy(label, best, "at least", -2.0, "right/speed", "speed right by the judge"),
@@ -140,13 +154,16 @@ class Judgement:
         kinds = {row.group for row in self.rows.values()} - {TEACHER, "reference"}
         return bool(kinds) and all(kind.startswith("motion") for kind in kinds)
 
-    def _apart(self, measure: str, words: str, label: str, other: str, side: Side) -> Verdict:
+    def _better(self, measure: str, words: str, label: str, other: str) -> Verdict:
+        """Better by the measure's own word."""
+        words = said(measure, words)
+        side: Side = "more than" if BY_NAME[measure].better == "higher" else "less than"
         claim = f"{label}: {words}, less {other}'s"
         absent = self._absent([label, other], measure)
         if absent:
             return Verdict(claim, 0.0, side, "", None, absent)
-        apart = intervals.difference(*(self.rows[name].figures[measure] for name in (label, other)))
-        return Verdict(claim, 0.0, side, "", apart.estimate(), self._seeds(label, other))
+        figure = apart(measure, *(self.rows[name].figures[measure] for name in (label, other)))
+        return Verdict(claim, 0.0, side, "", figure, self._seeds(label, other))
 
     def _accuracy(
         self,
@@ -161,8 +178,7 @@ class Judgement:
         absent = self._absent([label, other], measure)
         if absent:
             return Verdict(claim, limit, side, " points", None, absent)
-        apart = intervals.difference(*(self.rows[name].figures[measure] for name in (label, other)))
-        figure = intervals.transform(apart, lambda share: 100 * share).estimate()
+        figure = apart(measure, *(self.rows[name].figures[measure] for name in (label, other)))
         return Verdict(claim, limit, side, " points", figure, self._seeds(label, other))
 
     def _faster(self, slow: str, fast: str, batch: str, limit: float) -> Verdict:

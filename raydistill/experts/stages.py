@@ -126,7 +126,7 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     if config.engine.activation_checkpointing:
         student.enable_checkpointing()
     target, average = _build_slow_copies(config, student)
-    student.train()
+    student.eval()  # some U-Nets have dropout, which draws from a generator's state and makes the goal random
     accumulation = stage.accumulation(config.scale.num_workers)
     engine = build_engine(
         student, config.engine, stage.optimizer, num_steps=stage.num_steps, accumulation=accumulation

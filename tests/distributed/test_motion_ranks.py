@@ -16,7 +16,7 @@ def results(tmp_path_factory):
     before = shared_memory()
     both = run_ranks(on_every_engine, 2, folder)
     assert shared_memory() == before
-    return both, outcome(folder, GLOBAL)
+    return both, outcome(folder, GLOBAL, recorded=True)
 
 
 @pytest.mark.parametrize(("zero_stage", "rounds"), [(0, 1), (1, 4), (2, 1), (3, 4)])
@@ -29,6 +29,7 @@ def test_every_role_ends_with_the_same_weights(results, zero_stage, rounds):
             for name, expected in weights.items():
                 found = ours[role][name]
                 np.testing.assert_allclose(found, expected, rtol=2e-4, atol=3e-5, err_msg=f"{role} {name}")
+        assert {f"norm {role}" for role in ("student", "motion_head", "image_critic")} <= seen.keys()
         assert seen == pytest.approx(losses, rel=1e-3)
     assert all(
         np.array_equal(both[0][zero_stage, rounds][0][role][name], both[1][zero_stage, rounds][0][role][name])

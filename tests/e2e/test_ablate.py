@@ -1,13 +1,13 @@
 """A small study from settings to its page: what is trained, kept, refused and published."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from job_cases import ROOT, job, write_latents
+from job_cases import ROOT, job, load_job, write_latents
 
 from raydistill.artifacts import tree_digest
+from raydistill.config.load import run
 from raydistill.models.codec import build_tiny_codec
 from raydistill.models.wan import build_tiny_teacher
 
@@ -26,7 +26,7 @@ def made(tmp_path_factory):
     stage = {"num_steps": 2, "global_batch": 4, "micro_batch": 4, "optimizer": {"warmup_steps": 1}}
     base = {"experts": "single", "data": f"{folder}/latents", "semantic": stage, "report_every": 1}
     base |= {"scale": {"num_workers": 1}, "engine": {"backend": "torch"}, "grid": {"num_intervals": 8}}
-    measured = {"judge": "none", "num_clips": 8, "reference_clips": 8, "num_draws": 20}
+    measured = {"judge": "none", "threads": 1, "num_clips": 8, "reference_clips": 8, "num_draws": 20}
     measured |= {"teacher_steps": [4], "student_steps": [2], "students": {"dual": ["nobody"]}}
     study = {
         "name": "toy",
@@ -51,10 +51,30 @@ def made(tmp_path_factory):
     return folder
 
 
-def run(folder, *more):
-    """Run the study again, from its own folder."""
-    command = [sys.executable, str(ROOT / "jobs" / "ablate.py"), "--config", f"{folder}/toy.yaml", *more]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+@pytest.fixture(scope="module")
+def ablate():
+    """The job, in this process, with what its other modules import."""
+    sys.path.insert(0, str(ROOT / "jobs"))
+    yield load_job("ablate")
+    sys.path.remove(str(ROOT / "jobs"))
+
+
+@pytest.fixture
+def again(made, ablate, monkeypatch, capsys):
+    """Runs the study again, in its own folder; gives exit status, stdout and stderr."""
+
+    def run_again(*more):
+        monkeypatch.chdir(made)
+        monkeypatch.setattr(sys, "argv", ["ablate.py", "--config", f"{made}/toy.yaml", *more])
+        status = 0
+        try:
+            run(ablate.main)
+        except SystemExit as ended:
+            status = ended.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run_again
 
 
 def test_every_variant_is_measured_beside_the_teacher_and_the_others(made):
@@ -75,12 +95,12 @@ def test_every_variant_is_measured_beside_the_teacher_and_the_others(made):
     assert (made / "runs/evaluation/report.html").is_file()
 
 
-def test_the_same_command_trains_nothing_again_and_publishes(made):
+def test_the_same_command_trains_nothing_again_and_publishes(made, again):
     kept = {path: path.stat().st_mtime_ns for path in (made / "trainings").glob("*-7/metrics.jsonl")}
     assert len(kept) == 2
-    done = run(made, "--update-docs")
-    assert done.returncode == 0, done.stderr
-    assert "2 trainings, 2 done before" in done.stdout
+    status, out, err = again("--update-docs")
+    assert status == 0, err
+    assert "2 trainings, 2 done before" in out
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     page = (made / "docs/ablation/toy/README.md").read_text()
     assert page.startswith("# toy\n\nDoes a small width of the bowl help?\n\n* `wide`: `(the base)`\n")
@@ -91,17 +111,17 @@ def test_the_same_command_trains_nothing_again_and_publishes(made):
         assert (made / f"docs/ablation/toy/{name}.png").is_file()
 
 
-def test_students_of_other_settings_are_not_shown(made):
-    done = run(made, "--no-training", "shared=[average_decay=0.5]")
-    assert done.returncode == 0, done.stderr
-    assert "skipped wide" in done.stdout
-    assert "| wide 2" not in done.stdout
+def test_students_of_other_settings_are_not_shown(again):
+    status, out, err = again("--no-training", "shared=[average_decay=0.5]")
+    assert status == 0, err
+    assert "skipped wide" in out
+    assert "| wide 2" not in out
 
 
-def test_a_failed_training_is_named_with_its_last_words_and_no_other_is_begun(made, tmp_path):
+def test_a_failed_training_is_named_with_its_last_words_and_no_other_is_begun(again, tmp_path):
     broken = "shared=[semantic.objective.temporal_coherence=1,semantic.objective.coherence_stride=99]"
-    done = run(made, f"trainings={tmp_path}", "parallel=1", broken)
-    assert done.returncode == 1
-    assert "wide, seed 7: exit status 2: InvalidValue: semantic.objective.coherence_stride" in done.stderr
+    status, _, err = again(f"trainings={tmp_path}", "parallel=1", broken)
+    assert status == 1
+    assert "wide, seed 7: exit status 2: InvalidValue: semantic.objective.coherence_stride" in err
     (begun,) = tmp_path.iterdir()
     assert not (begun / "student").exists()

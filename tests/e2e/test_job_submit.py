@@ -112,6 +112,7 @@ def test_prepare_and_distill_run_on_a_running_head(head, tmp_path):
         f"data={latents}",
         f"output={run}",
         "experts=dual_full",
+        "scale.num_workers=1",
     ]
     distilled = submit(head, *job)
     assert distilled.returncode == 0, distilled.stdout + distilled.stderr

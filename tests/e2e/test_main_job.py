@@ -115,19 +115,16 @@ def test_the_same_command_again_does_nothing_and_other_settings_are_refused(made
         distilled(made, "two", *TWO, "guidance_scale=3")
 
 
-def kill_workers(run, draw):
-    """Return what kills one training process, by SIGKILL, after a drawn step of each stage."""
-    wanted = {stage: draw.randrange(1, NUM_STEPS - 1) for stage in ("semantic", "detail")}
+def kill_a_worker(run, stage, draw):
+    """Return what kills one training process, by SIGKILL, after a drawn step of the stage."""
+    step = draw.randrange(1, NUM_STEPS - 1)
 
     def watch(process):
-        while wanted and process.poll() is None:
-            for stage, step in list(wanted.items()):
-                if (stage, step) in reached(run):
-                    children = psutil.Process(process.pid).children(recursive=True)
-                    workers = [p for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
-                    draw.choice(sorted(workers, key=lambda p: p.pid)).kill()
-                    del wanted[stage]
+        while process.poll() is None and (stage, step) not in reached(run):
             time.sleep(0.005)
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [p for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
+        draw.choice(sorted(workers, key=lambda p: p.pid)).kill()
 
     return watch
 
@@ -142,10 +139,16 @@ def reached(run):
 
 
 @pytest.mark.timeout(1200)
-def test_workers_killed_in_both_stages_leave_no_trace_in_the_student(made):
+def test_a_worker_killed_in_either_stage_leaves_no_trace_in_the_student(made):
     seed = random.SystemRandom().randrange(10**6)
-    said = distilled(made, "killed", *TWO, meanwhile=kill_workers(made / "killed", random.Random(seed)))
-    assert said.count("was interrupted") == 2, (seed, said[-2000:])
+    draw = random.Random(seed)
+    stage = draw.choice(["semantic", "detail"])
+    if stage == "detail":  # the first one is done
+        shutil.copytree(made / "two", made / "killed", ignore=shutil.ignore_patterns("detail-*", "student"))
+        lines = (made / "two" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (made / "killed" / "metrics.jsonl").write_text("".join(lines[:NUM_STEPS]))
+    said = distilled(made, "killed", *TWO, meanwhile=kill_a_worker(made / "killed", stage, draw))
+    assert said.count("was interrupted") == 1, (seed, said[-2000:])
     ours, theirs = weights(made / "killed"), weights(made / "two")
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), seed
     steps = [json.loads(line) for line in (made / "killed" / "metrics.jsonl").read_text().splitlines()]

@@ -97,21 +97,27 @@ def plain(objective, **changed):
     return replace(objective, **{"appearance": 0.0, "motion": 0.0, "consistency": 1.0, **changed})
 
 
-def outcome(folder, micro_batch, rank=0, num_workers=1, **engine):
-    """Train on one rank's share; return every role's weights and averages as arrays, and the first losses."""
+def norms(stage):
+    """Gradient norm of each role's last step, before clipping: AdamW hardly notices a gradient's size."""
+    return {f"norm {role}": engine.grad_norm for role, engine in stage.engines().items()}
+
+
+def outcome(folder, micro_batch, rank=0, num_workers=1, *, recorded=False, **engine):
+    """Train on one rank's share; every role's weights and averages as arrays, the first losses, the norms."""
     config = config_of(folder, micro_batch=micro_batch, num_workers=num_workers, **engine)
     stage, figures = stage_of(config), []
     how = {"report_every": 1, "save_every": STEPS, "save": lambda step: None}
-    feed = batches(micro_batch, rank, num_workers)
+    feed = batches(micro_batch, rank, num_workers, recorded=recorded)
     distill(stage, feed, report=lambda step, values: figures.append(values), **how)
     found = {role: one.weights() for role, one in stage.engines().items()}
     found |= {f"slow {name}": slow.weights for name, slow in stage.slow_copies().items()}
+    last = norms(stage)
     stage.close()
     losses = {key: value for key, value in figures[0].items() if key.startswith("loss/")}
     arrays = {
         role: {n: w.detach().numpy().copy() for n, w in weights.items()} for role, weights in found.items()
     }
-    return arrays, losses
+    return arrays, losses | last
 
 
 def on_every_engine(folder):
@@ -122,5 +128,5 @@ def on_every_engine(folder):
     for zero_stage, rounds in ((0, 1), (1, 4), (2, 1), (3, 4)):
         micro = GLOBAL // 2 // rounds
         engine = {"backend": "deepspeed", "zero_stage": zero_stage}
-        results[zero_stage, rounds] = outcome(folder, micro, dist.get_rank(), 2, **engine)
+        results[zero_stage, rounds] = outcome(folder, micro, dist.get_rank(), 2, recorded=True, **engine)
     return results

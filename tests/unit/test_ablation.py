@@ -1,7 +1,6 @@
 """Studies: what their settings must be, what counts as trained, how differences are decided."""
 
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -60,8 +59,6 @@ def test_every_study_asks_for_runs_that_there_are(path, job, monkeypatch):
     assert path.stem == config.name
     assert len(config.seeds) >= 3
     assert config.compare
-    asked = job.evaluation(config)
-    assert set(asked.students) == set(config.variants)
     assert {one.measure for one in config.compare} | set(config.columns) <= set(BY_NAME)
 
 
@@ -86,7 +83,7 @@ UNMEASURED = {
 def test_what_will_not_be_measured_is_refused_before_any_training(key, job):
     config = study(**UNMEASURED[key])
     with pytest.raises(InvalidValue) as caught:
-        job.require_measured(config, job.evaluation(config))
+        job.require_measured(config, job.measurement(config))
     assert caught.value.key == key.strip()
 
 
@@ -118,41 +115,48 @@ def make_latents(folder, value):
 
 
 @pytest.fixture
-def trained(job, tmp_path):
-    """A study in which b was trained with seed 7, as far as can be seen."""
+def inputs(tmp_path):
+    """A teacher and latents, as far as can be seen from outside."""
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "weights").write_text("first")
-    inputs = [f"teacher={tmp_path}/teacher", f"data={make_latents(tmp_path / 'data', 0)}"]
+    make_latents(tmp_path / "data", 0)
+    return [f"teacher={tmp_path}/teacher", f"data={tmp_path}/data"]
+
+
+def test_a_training_is_kept_as_long_as_it_is_the_one_asked_for(job, tmp_path, inputs, monkeypatch):
+    monkeypatch.chdir(ROOT)
     config = study(trainings=str(tmp_path / "trainings"), shared=inputs, seeds=(7, 8))
-    folder, asked = job.run_folder(config, "b", 7), job.settings_of(config, "b", 7)
+    folder = job.run_folder(config, "b", 7)
     (folder / "student").mkdir(parents=True)
     assert not job.is_trained(config, "b", 7)  # stopped while the student was written: its card is the last
-    (folder / "student" / CARD).write_text(json.dumps({"sources": job.sources_of(asked)}))
-    return config
+    (folder / "student" / CARD).write_text("{}")
+    assert job.is_trained(config, "b", 7)
+    assert job.train_one(config, "b", 7) == "b, seed 7: trained meanwhile"  # by another study
+    assert not job.is_trained(config, "b", 8)
+    assert not job.is_trained(config, "a", 7)
+    assert not job.is_trained(replace(config, shared=[*inputs, "average_decay=0.9"]), "b", 7)
+    assert job.is_trained(replace(config, shared=[*inputs, "boundary=0.9"]), "b", 7)  # b has its own
+    assert job.command_of(config, "b", 7)[-3:] == ["boundary=0.6", "seed=7", f"output={folder}"]
 
 
-def test_a_training_is_kept_as_long_as_it_is_the_one_asked_for(job, trained):
-    assert job.is_trained(trained, "b", 7)
-    assert not job.is_trained(trained, "b", 8)
-    assert not job.is_trained(trained, "a", 7)
-    assert not job.is_trained(replace(trained, shared=[*trained.shared, "average_decay=0.9"]), "b", 7)
-    assert job.is_trained(replace(trained, shared=[*trained.shared, "boundary=0.9"]), "b", 7)  # b has its own
-    folder = job.run_folder(trained, "b", 7)
-    assert job.command_of(trained, "b", 7)[-3:] == ["boundary=0.6", "seed=7", f"output={folder}"]
-
-
-def test_another_teacher_or_other_data_in_the_same_place_are_another_training(job, trained, tmp_path):
+def test_another_teacher_or_other_data_in_the_same_place_are_another_training(
+    job, tmp_path, inputs, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    config = study(shared=inputs)
+    first = job.run_folder(config, "b", 7)
     (tmp_path / "teacher" / "weights").write_text("second")
-    assert not job.is_trained(trained, "b", 7)
+    assert job.run_folder(config, "b", 7) != first
     (tmp_path / "teacher" / "weights").write_text("first")
-    assert job.is_trained(trained, "b", 7)
+    assert job.run_folder(config, "b", 7) == first
     make_latents(tmp_path / "data", 1)
-    assert not job.is_trained(trained, "b", 7)
+    assert job.run_folder(config, "b", 7) != first
 
 
-def test_studies_share_a_training_that_both_ask_for_and_no_other(job):
-    one = study(variants={"a": ["boundary=0.6"], "b": ["boundary=0.7"]})
-    other = study(name="other", output="runs/other", shared=["boundary=0.6"], variants={"same": []})
+def test_studies_share_a_training_that_both_ask_for_and_no_other(job, inputs, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    one = study(shared=inputs, variants={"a": ["boundary=0.6"], "b": ["boundary=0.7"]})
+    other = study(name="other", output="runs/other", shared=[*inputs, "boundary=0.6"], variants={"same": []})
     assert job.run_folder(one, "a", 7) == job.run_folder(other, "same", 7)
     folders = {job.run_folder(one, variant, seed) for variant in "ab" for seed in (7, 8)}
     assert len(folders) == 4
@@ -164,8 +168,17 @@ def test_studies_share_a_training_that_both_ask_for_and_no_other(job):
 
 def test_the_page_shows_question_variants_table_and_the_pictures_there_are(job):
     more = {"command": "python jobs/ablate.py", "commit": "abc", "seeds": [7], "machine": "one"}
+    more["trained_at"] = ["abb", "abc"]
     text = job.page(study(), "| sampler |", more, ["strips"])
-    for part in ("# toy", "\n?\n", "* `a`: `(the base)`", "* `b`: `boundary=0.6`", "| sampler |", "at abc"):
+    for part in (
+        "# toy",
+        "\n?\n",
+        "* `a`: `(the base)`",
+        "* `b`: `boundary=0.6`",
+        "| sampler |",
+        "at abc",
+        "at abb, abc",
+    ):
         assert part in text
     assert "![strips](strips.png)" in text
     assert "losses" not in text
@@ -209,6 +222,9 @@ def test_what_is_not_apart_is_undecided_and_what_is_absent_is_said():
     rows = {"a 4": row("a 4", 0.8, "right/all", 0.05), "b 4": row("b 4", 0.8, "right/all", 0.02)}
     (verdict,) = decide(rows, [CompareConfig(left="a", right="b")], "teacher 50")
     assert verdict.outcome == "undecided"
+    rows = {f"{name} 4": row(f"{name} 4", 0.0, "black_clip", 0.0) for name in "ab"}
+    (never,) = decide(rows, [CompareConfig(left="a", right="b", measure="black_clip")], "teacher 50")
+    assert never.outcome == "undecided"  # neither was seen: no clip of 100 is not no clip
     (gone,) = decide(rows, [CompareConfig(left="a", right="teacher")], "teacher 50")
     assert gone.outcome == "skipped"
     assert "teacher 50 not measured" in gone.reason

@@ -1,5 +1,7 @@
 """Intervals hold the truth as often as they say, and differences are paired."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,45 @@ def test_interval_over_a_handful_of_training_seeds_covers_too(students):
         found = intervals.mean(ability + random.normal(0, 0.05, (students, 80)), weights, "kind").estimate()
         covered.append(found.low <= 0.6 <= found.high)
     assert 0.90 <= np.mean(covered) <= 0.98
+
+
+def test_a_difference_of_two_kinds_has_the_degrees_of_freedom_of_both():
+    """Stretching each side alone would be half as wide again as need be, and decide next to nothing."""
+    random, weights, covered, widths = np.random.default_rng(1), intervals.clip_weights(40), [], []
+    for _ in range(300):
+        kinds = [random.normal(0.6, 0.1, (3, 1)) + random.normal(0, 0.02, (3, 40)) for _ in range(2)]
+        found = intervals.difference(
+            *(intervals.mean(v, weights, k) for k, v in zip("ab", kinds, strict=True))
+        )
+        assert 2 <= found.dof <= 4
+        covered.append(found.estimate().low <= 0 <= found.estimate().high)
+        widths.append(found.estimate().high - found.estimate().low)
+    assert 0.91 <= np.mean(covered) <= 0.98
+    spread = 0.1 * (2 / 3) ** 0.5
+    assert np.median(widths) == pytest.approx(2 * 2.776 * spread, rel=0.2)
+
+
+def test_students_that_stand_on_both_sides_lend_their_freedom_once():
+    weights = intervals.clip_weights(40)
+    values = np.random.default_rng(0).normal(size=(3, 40))
+    one, two = intervals.mean(values, weights, "a"), intervals.mean(values**2, weights, "a")
+    assert intervals.difference(one, two).dof == 2
+    single = intervals.mean(values[0], weights, "b")
+    assert intervals.difference(one, single).dof == 2
+    assert intervals.difference(single, single).dof == np.inf
+
+
+def test_an_interval_stays_within_what_is_possible_and_shares_never_seen_have_a_width():
+    weights = intervals.clip_weights(100)
+    ability = np.array([[1.0], [0.9], [1.0]]) + np.zeros((3, 100))
+    figure = replace(intervals.mean(ability, weights, "a"), limits=(0.0, 1.0))
+    assert figure.estimate().high == 1.0
+    none, gone = (intervals.mean(np.zeros((3, 100)), weights, key) for key in "ab")
+    apart = intervals.difference(none, gone).estimate()
+    assert (apart.low, apart.high) == (0, 0)
+    wide = intervals.of_shares(apart, 100)
+    assert (wide.low, wide.value, wide.high) == (-3, 0, 3)
+    assert intervals.of_shares(replace(apart, high=0.5)).low == 0
 
 
 def test_one_student_says_that_it_is_one():

@@ -26,6 +26,7 @@ REFUSED = {
     "mix.trajectories": lambda: MixConfig(real_share=0.5, recorded_share=0.5),
     "guidance_range": lambda: motion(guidance_range=(3.0, 2.0)),
     "max_images": lambda: motion(max_images=-1),
+    "max_images ": lambda: motion(max_images=100),
     "images": lambda: motion(motion=MotionConfig(objective=JUDGED)),
     "motion.appearance.images_per_step": lambda: motion(
         images="images",
@@ -53,7 +54,7 @@ REFUSED = {
 def test_refused_settings(key):
     with pytest.raises(InvalidValue) as caught:
         REFUSED[key]()
-    assert caught.value.key == key
+    assert caught.value.key == key.strip()
 
 
 def test_images_that_nothing_looks_at_are_refused():

@@ -12,6 +12,7 @@ from motion_cases import (
     STEPS,
     batches,
     config_of,
+    norms,
     one_batch,
     plain,
     stage_of,
@@ -105,6 +106,7 @@ def test_gradient_accumulation_changes_no_weight_of_any_role(weights):
     }
     for ours, theirs in zip(first, second, strict=True):
         assert {k: ours[k] for k in losses} == pytest.approx({k: theirs[k] for k in losses}, rel=1e-3)
+    assert norms(whole) == pytest.approx(norms(parts), rel=1e-3)
 
 
 def test_the_learned_representation_begins_as_the_plain_distance(weights):
@@ -273,6 +275,9 @@ def test_dcms_experts_take_the_representation_and_the_image_critic(weights):
 @pytest.mark.parametrize("kind", ["ms", "ad"])
 def test_a_noise_predicting_unet_is_distilled_through_the_same_jump(weights, kind):
     net = UNetField(unet_cases.unet3d() if kind == "ms" else unet_cases.unet_motion()).eval()
+    rng = torch.Generator().manual_seed(0)
+    for p in net.parameters():  # off the start, where layers with dropout give zeros
+        p.data.add_(0.02 * torch.randn(p.shape, generator=rng))
     before = {n: p.clone() for n, p in net.named_parameters()}
     config = config_of(weights, objective=plain(OBJECTIVE, motion=1.0, normalise_jump=False))
     schedule = VariancePreserving.scaled_linear()
@@ -281,6 +286,9 @@ def test_a_noise_predicting_unet_is_distilled_through_the_same_jump(weights, kin
     x, words = unet_cases.inputs(GLOBAL)
     batch = Batch(torch.arange(GLOBAL), x, words, torch.arange(GLOBAL) % 2)
     pair = consistency_pair(stage.nets, stage.segment, batch)
+    again = consistency_pair(stage.nets, stage.segment, batch)
+    assert torch.equal(pair.guess, again.guess)
+    assert torch.equal(pair.goal, again.goal)
     t, _, s = stage.segment.times(batch.index)
     x_t = starting_point(stage.nets, stage.segment, batch, t)
     with torch.no_grad():
