@@ -46,13 +46,14 @@ class RecordStore:
         """Nothing is made before the first `save`."""
         self.folder = Path(folder)
 
-    def place(self, identity: Mapping[str, Any]) -> Path:
-        """Folder of a record; one sampler may have several labels, so these do not name it."""
-        return self.folder / fingerprint(identity)[:16]
+    def place(self, name: str, identity: Mapping[str, Any]) -> Path:
+        """Folder of a record: the name it was first saved under, and the fingerprint, which alone counts."""
+        mark = fingerprint(identity)[:16]
+        return next(self.folder.glob(f"*{mark}"), self.folder / f"{name}-{mark}")
 
     def load(self, name: str, identity: Mapping[str, Any]) -> Record | None:
         """Return the record, or None if it was never finished or is damaged (which is logged)."""
-        place = self.place(identity)
+        place = self.place(name, identity)
         if not place.is_dir():
             return None
         try:
@@ -63,7 +64,7 @@ class RecordStore:
 
     def save(self, name: str, identity: Mapping[str, Any], record: Record) -> None:
         """Write tensors, then the manifest that makes them count."""
-        place = self.place(identity)
+        place = self.place(name, identity)
         (place / "manifest.json").unlink(missing_ok=True)  # a damaged record must not vouch for new tensors
         tensors = {"latents": record.latents, "features": record.features}
         tensors |= {

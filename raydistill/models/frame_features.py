@@ -89,7 +89,10 @@ class DinoFeatures(FrameFeatures):
         self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
     def forward(self, frames: Tensor) -> list[Tensor]:
-        """Bring frames to a multiple of the patch size, LARGEST at most, then through the net."""
+        """Bring frames to a multiple of the patch size, LARGEST at most, then through the net.
+
+        MCM's code crops larger frames by one coin per batch, which would hang on how batches are divided.
+        """
         patch = cast(int, self.network.config.patch_size)
         size = [max(patch, min(LARGEST, side) // patch * patch) for side in frames.shape[2:]]
         x = ((frames + 1) / 2 - self.mean) / self.deviation

@@ -167,6 +167,13 @@ def test_other_weights_are_measured_and_the_rest_is_not(store, config, setting, 
     assert run_again(store, setting, build_lineup(changed, NULL_TEXT))[1] == {"single-2-0", "single-1-0"}
 
 
+def test_a_sampler_is_measured_once_whatever_it_is_called(store, setting, lineup):
+    renamed = [dataclasses.replace(one, label=f"{one.label} anew") for one in lineup.candidates]
+    records, computed = run_again(store, setting, dataclasses.replace(lineup, candidates=tuple(renamed)))
+    assert computed == set()
+    assert set(records) == {one.name for one in renamed}
+
+
 def test_another_anchor_changes_what_is_compared_with_it(store, config, setting):
     changed = dataclasses.replace(config, teacher_steps=(1, 3), students={})
     assert run_again(store, setting, build_lineup(changed, NULL_TEXT))[1] == {"teacher-1-0", "teacher-3-0"}
