@@ -22,6 +22,13 @@ class CompareConfig:
     """Name of a measure, as in results.json."""
     num_steps: int = 4
     """Steps of both; of `teacher`, its first step count is taken."""
+    margin: float = 0.0
+    """How much worse `left` may be and still be called as good, in the measure's printed unit: percent of a
+    share. 0 asks whether it is better."""
+
+    def __post_init__(self):
+        """Check the range."""
+        at_least("compare.margin", self.margin, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,8 +75,9 @@ class Bootstrapped:
         """Percentile interval."""
         tail = 50 * (1 - LEVEL)
         stretched = self.draws + _stretch(self.dof) * (self.drawn - self.draws)
-        low, high = np.clip(np.percentile(stretched, [tail, 100 - tail]), *self.limits)
-        return Estimate(self.value, float(low), float(high), self.num_clips, self.num_seeds)
+        ends = np.clip(np.percentile(stretched, [tail, 100 - tail]), *self.limits)
+        low, high = (round(float(end), 12) for end in ends)  # a rounding error beside 0 would decide a claim
+        return Estimate(self.value, low, high, self.num_clips, self.num_seeds)
 
 
 def _stretch(dof: float) -> float:

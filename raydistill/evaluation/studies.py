@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from raydistill.config.ablate import CompareConfig
 from raydistill.evaluation.measures import BY_NAME
 from raydistill.evaluation.summary import Row
-from raydistill.evaluation.verdicts import Verdict, apart, said
+from raydistill.evaluation.verdicts import Side, Verdict, apart, said
 
 
 def decide(rows: Mapping[str, Row], compare: Sequence[CompareConfig], anchor: str) -> list[Verdict]:
-    """Return a verdict per comparison: held where `left` is better by its whole interval.
+    """Return a verdict per comparison: held where `left` is better, or worse by less than the margin.
 
     `anchor` is the label of the teacher's row. "Better" is the measure's own word; where 1 is best, the
     distances from 1 are compared.
@@ -20,13 +20,20 @@ def decide(rows: Mapping[str, Row], compare: Sequence[CompareConfig], anchor: st
 def _decided(rows: Mapping[str, Row], one: CompareConfig, anchor: str) -> Verdict:
     labels = [anchor if side == "teacher" else f"{side} {one.num_steps}" for side in (one.left, one.right)]
     measure = BY_NAME[one.measure]
-    side = "more than" if measure.better == "higher" else "less than"
+    side, limit = _asked(measure.better == "higher", one.margin)
     claim = f"{labels[0]}: {said(one.measure, measure.label)}, less {labels[1]}'s"
     absent = [label for label in labels if label not in rows or one.measure not in rows[label].figures]
     if absent:
-        return Verdict(claim, 0.0, side, "", None, f"{' and '.join(absent)} not measured")
+        return Verdict(claim, limit, side, "", None, f"{' and '.join(absent)} not measured")
     figures = [rows[label].figures[one.measure] for label in labels]
     figure, unit = apart(one.measure, *figures), " points" if measure.scale == 100 else ""
     seeds = min(rows[label].figures[one.measure].num_seeds for label in labels if label != anchor)
     note = f"{seeds} training seeds" if seeds > 1 else "one training seed: its own spread is not in it"
-    return Verdict(claim, 0.0, side, unit, figure, note)
+    return Verdict(claim, limit, side, unit, figure, note)
+
+
+def _asked(higher: bool, margin: float) -> tuple[Side, float]:
+    """Side and limit of a difference in a measure of which more, or less, is better."""
+    if not margin:
+        return ("more than" if higher else "less than"), 0.0
+    return ("at least", -margin) if higher else ("at most", margin)

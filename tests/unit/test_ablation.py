@@ -218,6 +218,16 @@ def test_figures_of_one_student_are_said_to_be_so_and_shares_are_in_points():
     assert "] points (more than 0 points" in verdict.text
 
 
+@pytest.mark.parametrize(("measure", "better"), [("right/all", 1), ("watermark", -1)])
+@pytest.mark.parametrize(("worse", "outcome"), [(0.005, "held"), (0.1, "not held"), (0.02, "undecided")])
+def test_as_good_but_for_a_margin(measure, better, worse, outcome):
+    rows = {"a 4": row("a 4", 0.5 - better * worse, measure, 0.003), "b 4": row("b 4", 0.5, measure, 0.006)}
+    margin = 0.02 * BY_NAME[measure].scale
+    asked = CompareConfig(left="a", right="b", measure=measure, margin=margin)
+    (verdict,) = decide(rows, [asked], "teacher 50")
+    assert (verdict.outcome, abs(verdict.limit)) == (outcome, margin)
+
+
 def test_what_is_not_apart_is_undecided_and_what_is_absent_is_said():
     rows = {"a 4": row("a 4", 0.8, "right/all", 0.05), "b 4": row("b 4", 0.8, "right/all", 0.02)}
     (verdict,) = decide(rows, [CompareConfig(left="a", right="b")], "teacher 50")
