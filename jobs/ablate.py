@@ -62,8 +62,13 @@ def run_folder(config: AblateConfig, variant: str, seed: int) -> Path:
     Raises MissingArtifact if what it reads is not there.
     """
     asked = settings_of(config, variant, seed)
+    try:
+        sources = sources_of(asked)
+    except ArtifactError as error:
+        error.add_note(f"variant {variant}")
+        raise
     wanted = {name: value for name, value in asdict(asked).items() if name != "output"}
-    return Path(config.trainings, f"{fingerprint([wanted, sources_of(asked)])[:12]}-{seed}")
+    return Path(config.trainings, f"{fingerprint([wanted, sources])[:12]}-{seed}")
 
 
 def command_of(config: AblateConfig, variant: str, seed: int) -> list[str]:
@@ -160,6 +165,7 @@ def train_one(config: AblateConfig, variant: str, seed: int) -> str:
     folder, began = run_folder(config, variant, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".study"):
+        print(f"{variant}, seed {seed}: see {folder}/log.txt", flush=True)
         if is_trained(config, variant, seed):
             return f"{variant}, seed {seed}: trained meanwhile"
         with open(folder / "log.txt", "w", encoding="utf-8") as log:

@@ -8,7 +8,6 @@ Run the same command again and it goes on where it stopped.
 
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from raydistill.models.teacher import load_teacher, read_schedule, require_fit
 from raydistill.sampler import SamplingPlan, build_plan, plan_lcm, plan_times, with_tail
 from raydistill.student import Card, save_student
 from raydistill.trajectories.flow import feed, iter_batches
+from raydistill.trajectories.inputs import Stores, named
 from raydistill.trajectories.lanes import Intervals, Lanes, Rows, build_lanes
 from raydistill.trajectories.record.recorder import asked_of_paths
 from raydistill.trajectories.store import TrajectoryStore
@@ -40,35 +40,6 @@ CAPTIONS_READ = 512
 SWITCHES = {
     "analyse": "draw loss, gradient and x0 change by noise level for this teacher, and propose a boundary"
 }
-
-
-@dataclass(frozen=True)
-class Stores:
-    """What a run reads: clips, and images and recorded paths where it asks for them."""
-
-    video: LatentStore
-    images: LatentStore | None = None
-    recorded: TrajectoryStore | None = None
-
-    @staticmethod
-    def open(config: DistillConfig) -> "Stores":
-        """Open them. Raises MissingArtifact, CorruptArtifact."""
-        paths = config.mix.trajectories
-        images = LatentStore(config.images) if config.images else None
-        return Stores(LatentStore(config.data), images, TrajectoryStore(paths) if paths else None)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Fingerprints of the contents."""
-        every = {"latents": self.video, "images": self.images, "trajectories": self.recorded}
-        return {name: store.fingerprint for name, store in every.items() if store is not None}
-
-    @property
-    def folders(self) -> dict[str, Path]:
-        """Where the lanes of a plan are read."""
-        every = {"image": self.images, "recorded": self.recorded}
-        found = {lane: store.folder for lane, store in every.items() if store is not None}
-        return {"video": self.video.folder, "simulated": self.video.folder, **found}
 
 
 def build_data_plan(config: DistillConfig, stage: StageConfig, stores: Stores) -> Lanes:
@@ -203,7 +174,8 @@ def check(config: DistillConfig, stores: Stores, *, analyse: bool = False) -> di
     if not (Path(config.codec) / "config.json").is_file():
         raise MissingArtifact(f"no codec at {config.codec}: codec= names the folder that made {config.data}")
     codec = tree_digest(config.codec)
-    stores.video.require_codec(codec)
+    with named("data", f"made with another encode.codec than codec={config.codec}"):
+        stores.video.require_codec(codec)
     row = stores.video.row(0)
     require_fit(config.teacher, row.latents.shape, row.text.shape)
     if read_schedule(config.teacher) and config.experts == "dual":
@@ -227,7 +199,8 @@ def check(config: DistillConfig, stores: Stores, *, analyse: bool = False) -> di
 
 def require_images(config: DistillConfig, images: LatentStore, codec: str, clip: LatentRow) -> dict[str, str]:
     """Images must be of the clips' codec, sizes and kind of caption; returns the feature nets' digests."""
-    images.require_codec(codec)
+    with named("images", f"made with another encode.codec than codec={config.codec}"):
+        images.require_codec(codec)
     if config.max_images > len(images):
         raise InvalidValue("max_images", config.max_images, f"at most the {len(images)} of {config.images}")
     row = images.row(0)
@@ -309,6 +282,7 @@ def finished(config: DistillConfig) -> bool:
 def distil(config: DistillConfig, stores: Stores, digests: dict[str, str]) -> None:
     """Train the stages on Ray, export the student."""
     output, done = Path(config.output), list[Path]()
+    print(stores.summary(config), flush=True)
     with nullcontext() if finished(config) else cluster(config.scale):
         for name in config.stages:
             done.append(run_stage(config, name, stores, done[-1] if done else None, digests))

@@ -80,6 +80,14 @@ class Student:
             )
         return plan
 
+    def require_codec(self, folder: str | Path) -> None:
+        """Raise StaleArtifact unless the student's latents are of the codec in this folder."""
+        made = self.card.sources.get("codec")
+        if made != tree_digest(folder):
+            raise StaleArtifact(
+                f"this student makes latents of another codec than {folder}: frames would be wrong"
+            )
+
     @property
     def kind(self) -> str:
         """'dual', 'single', 'dual_full' or 'motion'."""

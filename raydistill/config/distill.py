@@ -112,7 +112,8 @@ class MixConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InvalidValue(f"mix.{name}", getattr(self, name), "in [0, 1]")
         if self.real_share + self.recorded_share > 1.0 + 1e-9:
-            raise InvalidValue("mix.recorded_share", self.recorded_share, "at most 1 - mix.real_share")
+            most = f"at most what mix.real_share = {self.real_share} leaves: both are shares of all samples"
+            raise InvalidValue("mix.recorded_share", self.recorded_share, most)
         if bool(self.trajectories) != (self.recorded_share > 0):
             need = (
                 "the artifact of recorded paths" if self.recorded_share else "empty: mix.recorded_share is 0"
@@ -257,7 +258,7 @@ class DistillConfig:
             raise InvalidValue(key, weight, "0: its jumps end in noise, use detail.objective.appearance")
         judged = [name for name in self.stages if self.stage(name).objective.appearance]
         if judged and not self.images:
-            expected = f"an artifact of images: {judged[0]}.objective.appearance is not 0"
+            expected = f"a folder that jobs/prepare.py made of images, or {judged[0]}.objective.appearance=0"
             raise InvalidValue("images", self.images, expected)
         if self.images and not judged:
             expected = (

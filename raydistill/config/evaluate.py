@@ -92,7 +92,7 @@ class EvaluateConfig:
     num_draws: int = 400
     """Bootstrap resamplings behind each 95 % interval."""
     threads: int = 2
-    """Torch threads."""
+    """Torch threads. On a machine that others use, 1 is many times faster than 2 that wait for each other."""
     metrics: dict[str, str] = field(default_factory=dict[str, str])
     """Name -> metrics.jsonl of a training run whose loss curves the report shows."""
     latency: LatencyConfig = field(default_factory=LatencyConfig)

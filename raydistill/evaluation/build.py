@@ -15,7 +15,7 @@ from raydistill.config.evaluate import EvaluateConfig
 from raydistill.evaluation import intervals, pictures, plots
 from raydistill.evaluation.candidates import Lineup, Skipped
 from raydistill.evaluation.records import Record, RecordStore
-from raydistill.evaluation.report import write_report
+from raydistill.evaluation.report import asks_for_looks, write_report
 from raydistill.evaluation.run import (
     Bench,
     Frames,
@@ -199,7 +199,11 @@ def _pictures(
         "strips": pictures.draw_strips({k: v[:strips] for k, v in clips.items()}, captions[:strips]),
         "clips": gif,
     }
-    return drawn | ({"quality": plots.draw_quality(results["rows"], null)} if results["rows"] else {})
+    return drawn | (
+        {"quality": plots.draw_quality(results["rows"], null, looks=asks_for_looks(results))}
+        if results["rows"]
+        else {}
+    )
 
 
 def _first_clips(clips: Mapping[str, Frames], captions: Sequence[str], count: int) -> bytes:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from raydistill.evaluation.candidates import HEAD, TAIL
 from raydistill.evaluation.measures import ALL_RIGHT
 
 Row = Mapping[str, Any]
@@ -20,10 +21,14 @@ COLOURS = {
     "dual": "#0072b2",
 }  # Okabe and Ito: told apart by all eyes
 MORE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#332288", "#999933", "#882255")
-PANELS = (
-    ("frechet", "Frechet distance (lower is better)", 1.0),
-    (ALL_RIGHT, "all attributes right, %", 100.0),
+RIGHT = (ALL_RIGHT, "all attributes right, %", 100.0)
+PANELS = (("frechet", "Frechet distance (lower is better)", 1.0), RIGHT)
+LOOKS = (
+    ("watermark", "watermark (lower is better)", 1.0),
+    ("sharpness", "sharpness (real clips have 1)", 1.0),
+    RIGHT,
 )
+"""Where the question is how frames look."""
 
 
 def encode_png(figure: Figure, dpi: int = 110) -> bytes:
@@ -39,13 +44,18 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
     return {**COLOURS, **{name: MORE_COLOURS[i % len(MORE_COLOURS)] for i, name in enumerate(free)}}
 
 
-def draw_quality(rows: Sequence[Row], null: Mapping[str, float] | None = None) -> bytes:
+def draw_quality(
+    rows: Sequence[Row], null: Mapping[str, float] | None = None, *, looks: bool = False
+) -> bytes:
     """Quality against the number of steps, a line per kind of sampler, bars for 95 % intervals.
 
-    `rows` are the rows of results.json; `null` maps a measure to its value on real clips.
+    `rows` are the rows of results.json; `null` maps a measure to its value on real clips; `looks` shows how
+    frames look instead of the Frechet distance.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = [panel for panel in PANELS if any(panel[0] in row["figures"] for row in rows)] or PANELS[:1]
+    panels = [
+        panel for panel in (LOOKS if looks else PANELS) if any(panel[0] in row["figures"] for row in rows)
+    ] or PANELS[:1]
     colours = group_colours([row["group"] for row in rows])
     groups = list(dict.fromkeys(row["group"] for row in rows))
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
@@ -96,10 +106,9 @@ def _draw_group(
 
 def _steps_axis(axes: Axes, rows: Sequence[Row]) -> None:
     counts = [row["num_steps"] for row in rows]
-    shared = sorted(
-        count for count in set(counts) if counts.count(count) > 1
-    )  # mixtures would crowd the axis
-    steps = sorted({*(shared or counts), max(counts, default=1)})
+    # Mixtures of teacher and student, of many steps each, would crowd the axis.
+    steps = sorted({row["num_steps"] for row in rows if row["group"] not in (TAIL, HEAD)})
+    steps = steps or sorted(set(counts)) or [1]
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, [str(s) for s in steps])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -151,7 +160,7 @@ def _draw_terms(axes: Axes, title: str, lines: Sequence[Mapping[str, Any]], term
         points = [(line["step"], line[term]) for line in lines if line.get(term) is not None]
         steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
         positive &= bool((values > 0).all())
-        axes.plot(steps, _smooth(values), lw=1.4, label=label)
+        axes.plot(steps, _smooth(values), lw=1.4, label=label, marker="o" if len(steps) == 1 else "")
     axes.set_yscale("log" if positive and terms else "linear")
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel("step", fontsize=8)

@@ -71,14 +71,20 @@ def _cell(measure: Measure, row: Mapping[str, Any]) -> tuple[str, str]:
 def _seconds(results: Results, row: Mapping[str, Any]) -> tuple[str, str]:
     timed = results["latency"].get(str(results["settings"]["latency_batch"]), {}).get(row["label"])
     if timed is None:
-        return (f"{1000 * row['seconds_per_clip']:.1f}", "") if row["num_steps"] else ("-", "")
+        shown = row["num_steps"] and results["settings"]["latency_rounds"]
+        return (f"{1000 * row['seconds_per_clip']:.1f}", "") if shown else ("-", "")
     return f"{1000 * timed['value']:.1f}", f"{1000 * timed['low']:.1f} to {1000 * timed['high']:.1f}"
+
+
+def asks_for_looks(results: Results) -> bool:
+    """Whether the question is how frames look: of motion students, and of studies that show the watermark."""
+    chosen = results["settings"].get("columns") or ()
+    return "watermark" in chosen or any(row["group"].startswith("motion") for row in results["rows"])
 
 
 def markdown_table(results: Results) -> str:
     """Write the README's table, with intervals for what the claims are about, then the claims."""
-    look = any(row["group"].startswith("motion") for row in results["rows"])
-    chosen = results["settings"].get("columns")
+    look, chosen = asks_for_looks(results), results["settings"].get("columns")
     measures = shown_measures(results, chosen or (LOOK_COLUMNS if look else README_COLUMNS))
     shown = chosen or (LOOK_WITH_INTERVAL if look else WITH_INTERVAL)
     lines = [
@@ -113,12 +119,19 @@ def footnote(results: Results) -> str:
         f"sampling alone, batch {s['latency_batch']}, median of {s['latency_rounds']} rounds in turn, "
         f"{s['threads']} threads"
     )
-    once = "sampling alone, once, not in turn: a hint at most"
+    once = "not timed"
+    frechet = (
+        ""
+        if asks_for_looks(results) and not s.get("columns")
+        else (
+            "Frechet: random features, not comparable with FVD; real clips in the same number score "
+            f"{results['null']:.1f}. "
+        )
+    )
     return (
         f"{s['num_clips']} clips per sampler, captions held out from training, the same noise for all; 95 % "
         f"bootstrap intervals over clips and training seeds (students: {seeds}). The teacher is guided with "
-        f"w = {s['guidance_scale']:g}; a guided step is two passes. Frechet: random features, not comparable "
-        f"with FVD; real clips in the same number score {results['null']:.1f}. Milliseconds: "
+        f"w = {s['guidance_scale']:g}; a guided step is two passes. {frechet}Milliseconds: "
         f"{timed if s['latency_rounds'] else once}."
     )
 

@@ -82,7 +82,15 @@ class Tally:
             raise AssertionError(f"{self.inputs} inputs, but {self.seen} outcomes: {self.counts()}")
         if not self.clips:
             why = self.reasons() or "no reasons"
-            raise PrepareError(f"none of {self.inputs} files gave a clip: {why}; see {self.where}/quarantine")
+            advice = ""
+            if self.filtered["missing_caption"] == self.seen:
+                advice = (
+                    ": put NAME.txt or NAME.json beside each file, or set source.captions, "
+                    "or source.caption_policy=empty"
+                )
+            elif self.bad:
+                advice = f"; see {self.where}/quarantine"
+            raise PrepareError(f"none of {self.inputs} files gave a clip: {why}{advice}")
 
     def counts(self) -> dict[str, Any]:
         """Return the counts as JSON values."""

@@ -129,7 +129,7 @@ def distill():
 
 
 REFUSED = {
-    "an artifact of images": ["images=''", "motion.objective.appearance=1"],
+    "made of images, or motion.objective.appearance=0": ["images=''", "motion.objective.appearance=1"],
     "holds clips of 16 latent frames, not images": ["images={folder}/videos"],
     "no feature net at": ["motion.appearance.features={folder}/nowhere"],
     "guidance_range": ["guidance_range=[1.5,3.5]"],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from raydistill.artifacts import tree_digest
 from raydistill.config.load import from_command_line
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.models.expert import add_detail
@@ -42,6 +43,7 @@ def save_untrained_student(folder: Path) -> None:
         latent_shape=(4, 16, 4, 4),
         text_shape=(8, 32),
         lora=(2, 4.0),
+        sources={"codec": tree_digest(ROOT / "raydistill" / "world" / "weights" / "codec")},
     )
     save_student(folder, card, semantic, add_detail(semantic, 2, 4.0, seed=1), {4: build_plan(4, 0.6, grid)})
 

@@ -153,10 +153,11 @@ def test_markdown_table_lines_up_and_shows_intervals(results):
     assert "not comparable with FVD" in "\n".join(lines)
 
 
-def test_times_taken_once_are_said_to_be_a_hint_and_a_study_names_its_columns(results):
+def test_what_was_not_timed_in_turn_shows_no_time_and_a_study_names_its_columns(results):
     assert "median of 7 rounds in turn" in report.footnote(results)
     results["settings"] |= {"latency_rounds": 0, "columns": ["right/all"]}
-    assert "once, not in turn" in report.footnote(results)
+    assert "not timed" in report.footnote(results)
+    assert report._seconds(results, results["rows"][0]) == ("-", "")
     table = report.markdown_table(results).splitlines()
     assert table[0] == "| sampler | passes | all right % | ms per clip |"
     assert " to " in table[3]
