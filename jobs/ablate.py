@@ -206,12 +206,16 @@ def commits_of(config: AblateConfig) -> list[str]:
 
 
 def commit() -> str:
-    """The code's commit, with a mark where the working tree differs; `unknown` where there is no git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The code's commit, with a mark where the code differs from it; `unknown` where there is no git."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.check_output(
+            [*git, "rev-parse", "--short", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "raydistill", "jobs"], check=False)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return name.strip() + ("-dirty" if changed.returncode else "")
 
 
 def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:

@@ -131,7 +131,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Loss terms against steps, a row per run and stage; beside it the consistency loss by noise."""
+    """Loss terms against steps, a row per run and stage; beside it the distance to the goal by noise."""
     stages = [
         (f"{name}, {stage}" if stage else name, [line for line in lines if line.get("stage", "") == stage])
         for name, lines in runs.items()
@@ -145,7 +145,7 @@ def draw_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         _draw_terms(left, title, lines, terms)
         split = [key.split("/") for key in keys if key.startswith("bucket/")]
         parted = dict.fromkeys(term for _, _, term in split)
-        first = "consistency" if "consistency" in parted else next(iter(parted), None)
+        first = next((term for term in ("consistency", "motion") if term in parted), next(iter(parted), None))
         buckets = {f"bucket/{span}/{term}": f"t {span}" for _, span, term in split if term == first}
         if buckets:
             _draw_terms(right, f"{title}: {first} by noise", lines, buckets)
