@@ -27,7 +27,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("motion")
     teacher().network.save_pretrained(folder / "teacher")
     teacher(1).network.save_pretrained(folder / "other")
-    build_tiny_codec(0, width=8).save(folder / "codec")
+    for seed, name in enumerate(("codec", "codec2")):
+        build_tiny_codec(seed, width=8).save(folder / name)
     torch.manual_seed(0)
     FrameNet({"shape": 3}, widths=(8, 8, 8, 8)).save(folder / "features")
     files = ["source.kind=sprite_images", f"source.path={folder}/image-files", "source.num_clips=12"]
@@ -131,6 +132,8 @@ def distill():
 REFUSED = {
     "made of images, or motion.objective.appearance=0": ["images=''", "motion.objective.appearance=1"],
     "holds clips of 16 latent frames, not images": ["images={folder}/videos"],
+    "(images= names a folder that jobs/prepare.py with source.kind=images makes)": ["images={folder}/paths"],
+    "(data= names a folder that jobs/prepare.py made with another encode.codec": ["codec={folder}/codec2"],
     "no feature net at": ["motion.appearance.features={folder}/nowhere"],
     "guidance_range": ["guidance_range=[1.5,3.5]"],
     "mix.real_share": ["mix.real_share=1.5"],

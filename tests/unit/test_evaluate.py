@@ -255,6 +255,14 @@ def test_captions_are_held_out_and_spread():
     assert (job.draw_clips(3, 1, "real") != job.draw_clips(3, 1, "control")).any()
 
 
+def test_an_evaluation_none_of_whose_students_is_there_ends_at_once(config, tmp_path, monkeypatch):
+    settings = tmp_path / "settings.yaml"
+    dump(dataclasses.replace(config, students={"motion": [str(tmp_path / "nowhere")]}), settings)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--config", str(settings), "threads=1"])
+    with pytest.raises(MissingArtifact, match=r"none of the students.*students\.KIND"):
+        job.main()
+
+
 def test_the_command_line_measures_prints_and_fills_the_readme(config, first, tmp_path, monkeypatch, capsys):
     settings = tmp_path / "settings.yaml"
     dump(dataclasses.replace(config, latency=LatencyConfig(rounds=0)), settings)

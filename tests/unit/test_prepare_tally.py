@@ -35,6 +35,14 @@ def test_a_run_without_a_clip_fails():
         tally.require_complete()
 
 
+def test_files_that_lack_nothing_but_captions_are_told_where_to_put_them():
+    tally = Tally(2, where="some")
+    tally.add([("filtered", "missing_caption")] * 2)
+    with pytest.raises(PrepareError, match=r"2 missing_caption.*NAME\.txt.*source\.captions") as caught:
+        tally.require_complete()
+    assert "quarantine" not in str(caught.value)
+
+
 def test_the_share_of_bad_files_is_limited():
     tally = Tally(100, max_bad_fraction=0.05, where="some")
     tally.add([("quarantined", "timeout"), ("clip", "")] * 5)

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from raydistill.artifacts import fingerprint
+from raydistill.artifacts import fingerprint, tree_digest
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact
 from raydistill.models.expert import add_detail
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.sampler import build_plan, keyed_noise, sample, with_tail
-from raydistill.student import Card, load_student, read_card, save_student
+from raydistill.student import Card, Student, load_student, read_card, save_student
 
 GRID = TimeGrid(10)
 
@@ -131,6 +131,18 @@ def _rewrite(card, **changes):
     values = {**json.loads(card.read_text()), **changes}
     del values["checksum"]
     card.write_text(json.dumps({**values, "checksum": fingerprint(values)}))
+
+
+def test_a_codec_that_did_not_make_its_latents_is_refused(tmp_path):
+    """It would decode them all the same, to other pictures."""
+    for name in ("codec", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    card = _card(sources={"codec": tree_digest(tmp_path / "codec")})
+    student = Student(card, {}, {})
+    student.require_codec(tmp_path / "codec")
+    with pytest.raises(StaleArtifact, match="another codec"):
+        student.require_codec(tmp_path / "other")
 
 
 def test_a_student_of_another_release_is_refused(tmp_path):
