@@ -33,11 +33,11 @@ class Stores:
     def open(config: DistillConfig) -> "Stores":
         """Open them. Raises MissingArtifact, CorruptArtifact."""
         paths = config.mix.trajectories
-        with named("data", "makes it of clips"):
+        with named("data", "makes of clips"):
             video = LatentStore(config.data)
-        with named("images", "with source.kind=images makes it"):
+        with named("images", "with source.kind=images makes"):
             images = LatentStore(config.images) if config.images else None
-        with named("mix.trajectories", "with source.kind=trajectories makes it"):
+        with named("mix.trajectories", "with source.kind=trajectories makes"):
             return Stores(video, images, TrajectoryStore(paths) if paths else None)
 
     @property
