@@ -22,12 +22,10 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 LEVEL = 0.95
 NUM_DRAWS = 400
-NORMAL = 1.960
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles for 1, 2, ... degrees of freedom."""
 Clips = Float[np.ndarray, " n"]
 Draws = Float[np.ndarray, " draws"]
 
@@ -81,10 +79,9 @@ class Bootstrapped:
 
 
 def _stretch(dof: float) -> float:
-    """Student's t over the normal quantile; nearly linear in 1 / dof."""
-    table = {1 / k: t for k, t in enumerate(STUDENT_T, 1)} | {0.0: NORMAL}
-    at = sorted(table)
-    return float(np.interp(1 / dof, at, [table[x] for x in at])) / NORMAL
+    """Student's t over the normal quantile."""
+    quantile = (1 + LEVEL) / 2
+    return float(stats.t.ppf(quantile, dof) / stats.norm.ppf(quantile))
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:

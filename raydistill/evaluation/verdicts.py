@@ -95,12 +95,12 @@ class Judgement:
         if label not in self.rows:
             return []
         return [
-            self._better("sharpness", "sharpness", label, best),
-            self._better("watermark", "watermark", label, best),
-            self._accuracy(label, best, "at least", -2.0, "path/direction", "direction of the path right"),
-            self._accuracy(label, best, "at least", -2.0, "right/direction", "direction right by the judge"),
-            self._accuracy(label, best, "at least", -2.0, "right/speed", "speed right by the judge"),
-            self._accuracy(label, best, "at least", -2.0),
+            self._apart(label, best, "less than", 0.0, "sharpness", "sharpness"),
+            self._apart(label, best, "less than", 0.0, "watermark", "watermark"),
+            self._apart(label, best, "at least", -2.0, "path/direction", "direction of the path right"),
+            self._apart(label, best, "at least", -2.0, "right/direction", "direction right by the judge"),
+            self._apart(label, best, "at least", -2.0, "right/speed", "speed right by the judge"),
+            self._apart(label, best, "at least", -2.0),
         ]
 
     def _dual(self) -> list[Verdict]:
@@ -111,11 +111,11 @@ class Judgement:
         return [
             self._frechet_ratio("dual 4", best, "at most", 1.1),
             self._frechet_ratio("dual 4", best, "at most", 1.1, less_null=True),
-            self._accuracy("dual 4", best, "at least", -2.0),
-            self._accuracy("dual 2", best, "at least", -5.0),
-            *(self._accuracy(f"dual {n}", f"teacher {n}", "at least", BY_FAR) for n in (4, 2)),
+            self._apart("dual 4", best, "at least", -2.0),
+            self._apart("dual 2", best, "at least", -5.0),
+            *(self._apart(f"dual {n}", f"teacher {n}", "at least", BY_FAR) for n in (4, 2)),
             *(self._frechet_ratio(f"dual {n}", f"teacher {n}", "at most", 1 / TIMES_FAR) for n in (4, 2)),
-            *(self._accuracy(f"dual {n}", f"single {n}", "more than", 0.0) for n in (4, 2)),
+            *(self._apart(f"dual {n}", f"single {n}", "more than", 0.0) for n in (4, 2)),
             *(self._frechet_ratio(f"dual {n}", f"single {n}", "less than", 1.0) for n in (4, 2)),
             *(
                 self._faster(slow, "dual 4", batch, 20.0)
@@ -154,18 +154,7 @@ class Judgement:
         kinds = {row.group for row in self.rows.values()} - {TEACHER, "reference"}
         return bool(kinds) and all(kind.startswith("motion") for kind in kinds)
 
-    def _better(self, measure: str, words: str, label: str, other: str) -> Verdict:
-        """Better by the measure's own word."""
-        words = said(measure, words)
-        side: Side = "more than" if BY_NAME[measure].better == "higher" else "less than"
-        claim = f"{label}: {words}, less {other}'s"
-        absent = self._absent([label, other], measure)
-        if absent:
-            return Verdict(claim, 0.0, side, "", None, absent)
-        figure = apart(measure, *(self.rows[name].figures[measure] for name in (label, other)))
-        return Verdict(claim, 0.0, side, "", figure, self._seeds(label, other))
-
-    def _accuracy(
+    def _apart(
         self,
         label: str,
         other: str,
@@ -174,12 +163,13 @@ class Judgement:
         measure: str = ALL_RIGHT,
         words: str = "all attributes right",
     ) -> Verdict:
-        claim = f"{label}: {words}, less {other}'s"
+        claim = f"{label}: {said(measure, words)}, less {other}'s"
+        unit = " points" if BY_NAME[measure].scale == 100 else ""
         absent = self._absent([label, other], measure)
         if absent:
-            return Verdict(claim, limit, side, " points", None, absent)
+            return Verdict(claim, limit, side, unit, None, absent)
         figure = apart(measure, *(self.rows[name].figures[measure] for name in (label, other)))
-        return Verdict(claim, limit, side, " points", figure, self._seeds(label, other))
+        return Verdict(claim, limit, side, unit, figure, self._seeds(label, other))
 
     def _faster(self, slow: str, fast: str, batch: str, limit: float) -> Verdict:
         claim = f"latency of {slow} over {fast}, batch {batch}"

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from job_cases import ROOT, job, load_job, write_latents
+from job_cases import job, load_job, write_latents
 
 from raydistill.artifacts import tree_digest
 from raydistill.config.load import run
@@ -53,10 +53,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ablate():
-    """The job, in this process, with what its other modules import."""
-    sys.path.insert(0, str(ROOT / "jobs"))
-    yield load_job("ablate")
-    sys.path.remove(str(ROOT / "jobs"))
+    """The job, in this process."""
+    return load_job("ablate")
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """Studies: what their settings must be, what counts as trained, how differences are decided."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from job_cases import ROOT, load_job
 
 from raydistill.artifacts import fingerprint
 from raydistill.config.ablate import AblateConfig, CompareConfig
@@ -20,20 +18,12 @@ from raydistill.latents.shards import latent_row, write_shard
 from raydistill.shards import point_to, write_artifact
 from raydistill.student import CARD
 
-ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "jobs" / "tiny" / "ablation").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def job():
-    sys.path.insert(0, str(ROOT / "jobs"))
-    try:
-        spec = importlib.util.spec_from_file_location("ablate_job", ROOT / "jobs" / "ablate.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "jobs"))
-    return module
+    return load_job("ablate")
 
 
 def study(**changed):

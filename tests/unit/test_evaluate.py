@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import importlib.util
 import io
 import json
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluate_cases import NULL_TEXT, make_config, make_student, make_weights
+from job_cases import load_job
 from PIL import Image
 
 from raydistill.config.evaluate import LatencyConfig
@@ -24,16 +24,7 @@ from raydistill.evaluation.records import RecordStore
 from raydistill.evaluation.run import Bench, draw_latents
 from raydistill.world import sprites
 
-
-def load_job():
-    path = Path(__file__).parents[2] / "jobs" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate_job", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-job = load_job()
+job = load_job("evaluate")
 
 
 @pytest.fixture(scope="module")

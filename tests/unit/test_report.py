@@ -163,6 +163,18 @@ def test_what_was_not_timed_in_turn_shows_no_time_and_a_study_names_its_columns(
     assert " to " in table[3]
 
 
+def test_how_frames_look_is_drawn_where_it_is_asked(results):
+    assert not report.asks_for_looks(results)
+    studied = {**results, "settings": {**results["settings"], "columns": ["watermark"]}}
+    motion = {**results, "rows": [{**results["rows"][0], "group": "motion"}]}
+    assert report.asks_for_looks(studied)
+    assert report.asks_for_looks(motion)
+    figure = {"value": 0.3, "low": 0.2, "high": 0.4}
+    rows = [{**row, "figures": {**row["figures"], "watermark": figure}} for row in results["rows"]]
+    assert plots.draw_quality(rows) == plots.draw_quality(results["rows"])
+    assert plots.draw_quality(rows, looks=True) != plots.draw_quality(results["rows"], looks=True)
+
+
 def test_page_escapes_what_it_did_not_write(results):
     results["skipped"] = [{"what": "<script>alert(1)</script>", "reason": "&"}]
     results["rows"][0]["label"] = "<img src=x>"
