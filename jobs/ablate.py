@@ -10,11 +10,12 @@ Run the same command again after a stop: finished trainings and measurements are
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cache
@@ -51,6 +52,7 @@ SWITCHES = {
     "update-docs": "copy table and pictures to docs/ablation/NAME",
 }
 MADE = "made.json"
+SECONDS_BETWEEN_LINES = 30.0
 SHOWN = ("quality", "strips", "losses")
 """Pictures on a study's page."""
 
@@ -105,7 +107,10 @@ def require_measured(config: AblateConfig, measured: EvaluateConfig) -> None:
             _one_of(key, name, BY_NAME)
     for one in config.compare:
         _one_of("compare", one.num_steps, measured.student_steps)
-        if "teacher" in (one.left, one.right) and not measured.teacher_steps:
+        teachers = {one.left, one.right} - set(config.variants)
+        for name in teachers:
+            _one_of("compare", name, ("teacher", *measured.more_teachers))
+        if teachers and not measured.teacher_steps:
             raise InvalidValue("teacher_steps", (), "one or more: a comparison asks for the teacher")
 
 
@@ -131,6 +136,15 @@ def sources_of(asked: DistillConfig) -> dict[str, str]:
         if asked.stage(name).objective.appearance:
             found[f"{name}_features"] = tree_digest(asked.stage(name).appearance.features)
     return found
+
+
+def make_inputs(config: AblateConfig) -> None:
+    """Run the jobs that the study names first. Raises DistillError if one fails."""
+    for script, *given in config.commands_before:
+        print(f"python {shlex.join([script, *given])}", flush=True)
+        job = Path(__file__).parents[1] / script
+        if status := subprocess.run([sys.executable, str(job), *given], check=False).returncode:
+            raise DistillError(f"{script} ended with exit status {status}: see above")
 
 
 def train(config: AblateConfig) -> None:
@@ -168,16 +182,30 @@ def train_one(config: AblateConfig, variant: str, seed: int) -> str:
         print(f"{variant}, seed {seed}: see {folder}/log.txt", flush=True)
         if is_trained(config, variant, seed):
             return f"{variant}, seed {seed}: trained meanwhile"
-        with open(folder / "log.txt", "w", encoding="utf-8") as log:
-            command = [sys.executable, *command_of(config, variant, seed)]
-            status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
-        if status:
-            last = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise DistillError(
-                f"{variant}, seed {seed}: exit status {status}: {' '.join(last)}; see {folder}/log.txt"
-            )
+        command = [sys.executable, *command_of(config, variant, seed)]
+        if status := run_logged(command, folder / "log.txt", f"{variant}, seed {seed}"):
+            last = last_line(folder / "log.txt")
+            raise DistillError(f"{variant}, seed {seed}: exit status {status}: {last}; see {folder}/log.txt")
         write_json(folder / MADE, {"commit": commit(), "command": command[1:]})
     return f"{variant}, seed {seed}: {time.monotonic() - began:.0f} s"
+
+
+def run_logged(command: Sequence[str], log: Path, name: str) -> int:
+    """Run a command, its output in `log`, and print now and then what the log says last."""
+    with open(log, "w", encoding="utf-8") as file:
+        process, said = subprocess.Popen(command, stdout=file, stderr=file), ""
+        while True:
+            try:
+                return process.wait(SECONDS_BETWEEN_LINES)
+            except subprocess.TimeoutExpired:
+                if (line := last_line(log)) != said:
+                    said = line
+                    print(f"{name}: {line}", flush=True)
+
+
+def last_line(log: Path) -> str:
+    """What a job said last."""
+    return next(reversed(log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]), "").strip()
 
 
 def measurement(config: AblateConfig) -> EvaluateConfig:
@@ -223,7 +251,7 @@ def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:
     asked = evaluation(config)
     torch.set_num_threads(asked.threads)
     lineup = build_lineup(asked, WordVectors()([""])[0])
-    anchor = lineup.anchor.label if lineup.anchor else "teacher"
+    anchors = {"teacher": "teacher"} | {name: one.label for name, one in lineup.anchors.items()}
     more = {
         "lead": config.question,
         "columns": list(config.columns),
@@ -240,7 +268,7 @@ def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:
         make_setting(asked),
         lineup,
         progress,
-        decide=lambda rows: decide(rows, config.compare, anchor),
+        decide=lambda rows: decide(rows, config.compare, anchors),
         more=more,
     )
     table = (Path(asked.output) / "report" / "table.md").read_text(encoding="utf-8")
@@ -277,6 +305,7 @@ def main() -> None:
     with disk_full_explained(output, ArtifactError):
         dump(config, output / "config.yaml")
         if "no-training" not in switches:
+            make_inputs(config)
             train(config)
         text, pictures = report(config)
         study = output / "evaluation" / "report" / "study.md"  # beside its pictures

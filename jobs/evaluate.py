@@ -20,7 +20,7 @@ from raydistill.config.load import dump, from_command_line, run
 from raydistill.errors import ArtifactError, MissingArtifact, disk_full_explained
 from raydistill.evaluation.appearance import Sign
 from raydistill.evaluation.build import build_report
-from raydistill.evaluation.candidates import TEACHER, build_lineup
+from raydistill.evaluation.candidates import build_lineup, is_teacher
 from raydistill.evaluation.measures import Asked
 from raydistill.evaluation.report import publish_pictures, update_readme
 from raydistill.evaluation.run import Setting
@@ -101,7 +101,7 @@ def main() -> None:
     lineup = build_lineup(config, WordVectors()([""])[0])
     for one in lineup.skipped:
         print(f"skipped {one.what}: {one.reason}", file=sys.stderr)
-    if any(config.students.values()) and all(one.group == TEACHER for one in lineup.candidates):
+    if any(config.students.values()) and all(is_teacher(one.group) for one in lineup.candidates):
         raise MissingArtifact(
             "none of the students is there: train one, or name it in students.KIND=[FOLDER]"
         )

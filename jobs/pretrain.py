@@ -4,12 +4,18 @@ python jobs/pretrain.py part=teacher output=runs/weights num_steps=12000
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from raydistill.config.load import dump, from_command_line, run
+from raydistill.config.load import dump, from_command_line, load, run
 from raydistill.config.pretrain import PretrainConfig
-from raydistill.errors import ArtifactError, disk_full_explained
+from raydistill.errors import ArtifactError, StaleArtifact, disk_full_explained
 from raydistill.world.pretrain import pretrain
+
+
+def _result_of(config: PretrainConfig) -> PretrainConfig:
+    """What shapes the weights: not how the process runs."""
+    return replace(config, threads=1, save_every=1)
 
 
 def main() -> None:
@@ -17,8 +23,13 @@ def main() -> None:
     config, _ = from_command_line(PretrainConfig, sys.argv[1:], switches={})
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    settings = output / f"{config.part}.yaml"
+    if settings.exists() and _result_of(load(PretrainConfig, settings)) != _result_of(config):
+        raise StaleArtifact(
+            f"{settings} has other settings than asked for: take another output, or delete it"
+        )
     with disk_full_explained(output, ArtifactError):
-        dump(config, output / f"{config.part}.yaml")
+        dump(config, settings)
         pretrain(config, report=lambda line: print(line, flush=True))
 
 

@@ -1,6 +1,8 @@
 """What `jobs/ablate.py` takes: one study, a table of variants of one distillation."""
 
 import re
+import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +19,11 @@ class CompareConfig:
     left: str = MISSING
     """Name of a variant."""
     right: str = MISSING
-    """Name of a variant, or `teacher`."""
+    """Name of a variant, or of a teacher: `teacher`, or a name in the evaluation's more_teachers."""
     measure: str = "right/all"
     """Name of a measure, as in results.json."""
     num_steps: int = 4
-    """Steps of both; of `teacher`, its first step count is taken."""
+    """Steps of both; of a teacher, its first step count is taken."""
     margin: float = 0.0
     """How much worse `left` may be and still be called as good, in the measure's printed unit: percent of a
     share. 0 asks whether it is better."""
@@ -39,6 +41,9 @@ class AblateConfig:
     """Of the study: a-z, 0-9 and dashes; names its folder under docs/ablation."""
     question: str = MISSING
     """What the study asks, in a sentence."""
+    before: list[str] = field(default_factory=list[str])
+    """Jobs that make what the trainings read, as typed after `python`, run in turn: each goes on where it
+    stopped, and does nothing where all is made."""
     base: str = MISSING
     """Settings file of jobs/distill.py that every variant starts from."""
     shared: list[str] = field(default_factory=list[str])
@@ -84,23 +89,36 @@ class AblateConfig:
         for name, pairs in {"shared": self.shared, **self.variants}.items():
             _check_variant(name, pairs)
         for one in self.compare:
-            if one.left == one.right:
-                raise InvalidValue("compare", one.left, "two different sides")
-            for side in {one.left, one.right} - {"teacher", *self.variants}:
-                raise InvalidValue("compare", side, f"teacher, or one of {', '.join(self.variants)}")
+            _check_sides(one, self.variants)
+        for command in self.before:
+            if not re.match(r"jobs/[a-z]+\.py( |$)", command):
+                raise InvalidValue("before", command, "jobs/NAME.py and its arguments")
 
     def asked(self, variant: str, seed: int) -> list[str]:
         """Return the key=value settings of one training, but for its output."""
         return [*self.shared, *self.variants[variant], f"seed={seed}"]
+
+    @property
+    def commands_before(self) -> list[list[str]]:
+        """`before` in words."""
+        return [shlex.split(one) for one in self.before]
 
     def as_dict(self) -> dict[str, Any]:
         """Variants as they are shown in the report."""
         return {name: " ".join(pairs) or "(the base)" for name, pairs in self.variants.items()}
 
 
+def _check_sides(one: CompareConfig, variants: Collection[str]) -> None:
+    if one.left == one.right:
+        raise InvalidValue("compare", one.left, "two different sides")
+    for side in {one.left, one.right} - set(variants):
+        if not side.startswith("teacher"):  # which there are, the evaluation's settings say
+            raise InvalidValue("compare", side, f"teacher, or one of {', '.join(variants)}")
+
+
 def _check_variant(name: str, pairs: list[str]) -> None:
-    if not re.fullmatch("[a-z0-9_]+", name) or name == "teacher":
-        raise InvalidValue("variants", name, "a name of a-z, 0-9, _, other than teacher")
+    if not re.fullmatch("(?!teacher(_|$))[a-z0-9_]+", name):
+        raise InvalidValue("variants", name, "a name of a-z, 0-9, _, that is no teacher's")
     for pair in pairs:
         if "=" not in pair or pair.startswith(("output=", "seed=")):
             raise InvalidValue(f"variants.{name}", pair, "key=value; output and seed are the study's")

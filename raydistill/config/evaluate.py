@@ -15,6 +15,9 @@ class PicturesConfig:
     """Captions in the moving pictures; fewer are taken when the file would be too large."""
     strip_captions: int = 3
     """Captions in the strips of frames."""
+    beside: dict[str, str] = field(default_factory=dict[str, str])
+    """Label -> latents of jobs/prepare.py of which the first are shown below the strips, decoded: what was
+    trained on. What is not there is left out, and said."""
     limit_kib: int = 900
     """Largest size of the GIF; all pictures that --update-readme copies stay under 1.5 MiB together."""
 
@@ -54,6 +57,9 @@ class EvaluateConfig:
 
     teacher: str = "raydistill/world/weights/teacher"
     """Folder of the many-step model."""
+    more_teachers: dict[str, str] = field(default_factory=dict[str, str])
+    """Name, as teacher_NAME -> folder of another teacher with the same codec: it has rows of its own, and its
+    students are compared with it."""
     codec: str = "raydistill/world/weights/codec"
     """Folder of the codec that both were trained with."""
     judge: str = "raydistill/world/weights/judge"
@@ -119,9 +125,15 @@ class EvaluateConfig:
                 raise InvalidValue(name, counts, "different step counts, each at least 1")
         if not re.fullmatch("[a-z]+", self.readme_section):
             raise InvalidValue("readme_section", self.readme_section, "a name of a-z")
+        self._check_names()
+
+    def _check_names(self) -> None:
         for kind in self.students:
-            if not re.fullmatch("[a-z0-9_]+", kind) or kind == "teacher":
-                raise InvalidValue("students", kind, "a name of a-z, 0-9, _; the teacher has its own field")
+            if not re.fullmatch("(?!teacher(_|$))[a-z0-9_]+", kind):
+                raise InvalidValue("students", kind, "a name of a-z, 0-9, _; teachers have their own fields")
+        for name in self.more_teachers:
+            if not re.fullmatch("teacher_[a-z0-9_]+", name):
+                raise InvalidValue("more_teachers", name, "teacher_ and a-z, 0-9, _")
 
 
 def _at_least(key: str, value: float, low: float) -> None:

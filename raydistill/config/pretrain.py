@@ -12,9 +12,13 @@ class PretrainConfig:
     """One network of the small world, trained in one process on clips drawn on the fly."""
 
     part: str = MISSING
-    """Which network: codec, judge, teacher or features; judge and teacher need the codec's folder."""
+    """Which network: codec, judge, teacher or features; judge and teacher need a codec."""
     output: str = MISSING
     """Folder that receives <part>/ with safetensors, and <part>.state for resuming."""
+    codec: str = ""
+    """Folder of the codec that judge and teacher go through; output/codec if empty."""
+    start: str = ""
+    """Folder of the teacher whose weights are the first ones; random if empty."""
     seed: int = 0
     """Seed of weights, clips and draws."""
     num_steps: int = 1000

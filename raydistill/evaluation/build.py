@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from raydistill.artifacts import fingerprint, write_json
+from raydistill.artifacts import LatentStore, fingerprint, write_json
 from raydistill.config.evaluate import EvaluateConfig
 from raydistill.evaluation import intervals, pictures, plots
-from raydistill.evaluation.candidates import Lineup, Skipped
+from raydistill.evaluation.candidates import Lineup, Skipped, is_teacher
 from raydistill.evaluation.records import Record, RecordStore
 from raydistill.evaluation.report import asks_for_looks, write_report
 from raydistill.evaluation.run import (
@@ -32,6 +33,7 @@ from raydistill.evaluation.verdicts import Judgement, Verdict
 RESULTS = "results.json"
 SHOWN_STEPS = (4, 2)
 TIMED_STEPS = 4
+IMAGES_IN_CELL = 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def build_report(
         "reference": [row.as_dict() for row in reference],
         "latency": _latency(timings),
         "verdicts": [{**verdict.as_dict(), "text": verdict.text} for verdict in verdicts],
-        "skipped": [vars(one) for one in (*_without_judge(config, setting), *lineup.skipped, *missing)],
+        "skipped": [vars(one) for one in (*_absent(config, setting), *lineup.skipped, *missing)],
     }
     write_json(output / RESULTS, results)
     drawn = _pictures(config, setting, lineup, records, results) | curves
@@ -128,12 +130,16 @@ def _latency(timings: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, 
     }
 
 
-def _without_judge(config: EvaluateConfig, setting: Setting) -> list[Skipped]:
-    if setting.judge is not None:
-        return []
-    return [
-        Skipped("attributes", f"no judge at {config.judge}: direction and speed come from the path alone")
+def _absent(config: EvaluateConfig, setting: Setting) -> list[Skipped]:
+    out = [
+        Skipped(f"{label} in the strips", f"no {folder}")
+        for label, folder in config.pictures.beside.items()
+        if not Path(folder).is_dir()
     ]
+    if setting.judge is None:
+        without = f"no judge at {config.judge}: direction and speed come from the path alone"
+        out.append(Skipped("attributes", without))
+    return out
 
 
 def _settings(config: EvaluateConfig, setting: Setting, lineup: Lineup) -> dict[str, Any]:
@@ -188,22 +194,43 @@ def _pictures(
     captions = setting.asked.captions[:count]
     clips: dict[str, Frames] = {CONTROL: setting.control[:count]}
     for one in lineup.firsts:
-        shown = one is lineup.anchor or (one.num_steps in SHOWN_STEPS and "+" not in one.label)
+        shown = one in lineup.anchors.values() or (one.num_steps in SHOWN_STEPS and "+" not in one.label)
         if shown:
             clips[one.label] = decode(setting.codec, records[one.name].latents[:count])
     strips = min(config.pictures.strip_captions, count)
+    beside = _beside(config, setting, strips)
     sizes = range(min(config.pictures.captions, count), 0, -1)
     gif = pictures.fit_under(config.pictures.limit_kib * 1024, partial(_first_clips, clips, captions), sizes)
-    null = {"frechet": results["null"]}
     drawn = {
-        "strips": pictures.draw_strips({k: v[:strips] for k, v in clips.items()}, captions[:strips]),
+        "strips": pictures.draw_strips({k: v[:strips] for k, v in clips.items()} | beside, captions[:strips]),
         "clips": gif,
     }
-    return drawn | (
-        {"quality": plots.draw_quality(results["rows"], null, looks=asks_for_looks(results))}
-        if results["rows"]
-        else {}
-    )
+    return drawn | ({"quality": _quality(results)} if results["rows"] else {})
+
+
+def _beside(config: EvaluateConfig, setting: Setting, count: int) -> dict[str, Frames]:
+    """What was trained on, decoded: the first clips, or so many images that each cell is filled."""
+    out = dict[str, Frames]()
+    for label, folder in config.pictures.beside.items():
+        if not Path(folder).is_dir():
+            continue  # told among what is skipped
+        store = LatentStore(folder)
+        images = store.row(0).latents.shape[1] == 1
+        most = min(len(store), count * (IMAGES_IN_CELL if images else 1))
+        frames = decode(setting.codec, np.stack([row.latents for row in store.rows(list(range(most)))]))
+        filled = len(frames) // IMAGES_IN_CELL * IMAGES_IN_CELL
+        out[label] = frames[:filled].reshape(-1, IMAGES_IN_CELL, *frames.shape[2:]) if images else frames
+    return out
+
+
+def _quality(results: Mapping[str, Any]) -> bytes:
+    """Quality against steps; of a study of one number of steps, which has no curves, all that it asks for."""
+    rows, columns = results["rows"], results["settings"].get("columns")
+    steps = {row["num_steps"] for row in rows if not is_teacher(row["group"])}
+    if columns and len(steps) == 1:
+        real = {name: one["value"] for name, one in results["reference"][0]["figures"].items()}
+        return plots.draw_figures(rows, columns, real)
+    return plots.draw_quality(rows, {"frechet": results["null"]}, looks=asks_for_looks(results))
 
 
 def _first_clips(clips: Mapping[str, Frames], captions: Sequence[str], count: int) -> bytes:

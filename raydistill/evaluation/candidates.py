@@ -1,9 +1,10 @@
 """Who takes part: the teacher at several step counts, students of several kinds and seeds, mixtures."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path as FilePath
 from typing import Any
 
 from jaxtyping import Float
@@ -17,10 +18,15 @@ from raydistill.errors import InvalidValue, MissingArtifact, SamplingError, Stal
 from raydistill.models.protocols import VelocityField
 from raydistill.models.teacher import load_schedule, load_teacher
 from raydistill.sampler import Path, SamplingPlan, teacher_plan, with_head, with_tail
-from raydistill.student import Card, Student, is_lora, load_student
+from raydistill.student import Student, is_lora, load_student, read_card
 
 TWO_PASSES = "{} with two passes a step"
 TEACHER, TAIL, HEAD = "teacher", "semantic + teacher tail", "teacher head + detail"
+
+
+def is_teacher(group: str) -> bool:
+    """Whether that is config.teacher, or one of config.more_teachers."""
+    return group == TEACHER or group.startswith(f"{TEACHER}_")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Candidate:
     """Whether a teacher's step is two passes."""
     training_seed: int = 0
     """Number of the student within its kind."""
+    teacher: str = TEACHER
+    """Name of the teacher that it is, or was distilled from."""
 
     @property
     def num_steps(self) -> int:
@@ -85,15 +93,28 @@ class Lineup:
         return tuple({one.label: one for one in reversed(self.candidates)}.values())[::-1]
 
     @property
+    def anchors(self) -> dict[str, Candidate]:
+        """Each teacher's sampler that its students are compared with, by name: the first step count."""
+        out = dict[str, Candidate]()
+        for one in self.candidates:
+            if is_teacher(one.group):
+                out.setdefault(one.teacher, one)
+        return out
+
+    @property
     def anchor(self) -> Candidate | None:
-        """The teacher's sampler that all others are compared with: its first step count."""
-        return next((one for one in self.candidates if one.group == TEACHER), None)
+        """That of config.teacher."""
+        return self.anchors.get(TEACHER)
 
 
 @dataclass(frozen=True)
 class _Guide:
-    """The guided teacher as a field, with its identity."""
+    """A guided teacher as a field, with its identity."""
 
+    name: str
+    folder: str
+    plain: VelocityField
+    """Without guidance."""
     field: VelocityField
     identity: Mapping[str, Any]
     guided: bool
@@ -107,11 +128,11 @@ def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lin
     teacher is always needed. Raises StaleArtifact for a student of another teacher: it would be compared with
     a stranger.
     """
-    scale = config.guidance_scale
-    identity = {"teacher": tree_digest(config.teacher), "guidance_scale": scale}
-    plain = load_teacher(config.teacher).requires_grad_(False)
-    teacher = _Guide(guided(plain, null_text, scale), identity, scale != 1, load_schedule(config.teacher))
-    candidates = [_teacher(teacher, steps, config.shift) for steps in config.teacher_steps]
+    guides = [
+        _guide(name, folder, config.guidance_scale, null_text)
+        for name, folder in {TEACHER: config.teacher, **config.more_teachers}.items()
+    ]
+    candidates = [_teacher(guide, steps, config.shift) for guide in guides for steps in config.teacher_steps]
     skipped = [
         Skipped(kind, f"no {kind} student given (students.{kind})")
         for kind in ("dual", "single")
@@ -119,54 +140,84 @@ def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lin
     ]
     for kind, folders in config.students.items():
         for seed, folder in enumerate(folders):
-            for one in _of_student(config, kind, seed, folder, teacher):
+            for one in _of_student(config, kind, seed, folder, guides):
                 if isinstance(one, Skipped):
                     skipped.append(one)
                 else:
                     candidates.append(one)
     order = {one.label: number for number, one in reversed(list(enumerate(candidates)))}
     ordered = tuple(sorted(candidates, key=lambda one: order[one.label]))
-    apart = {"teacher": guided(plain, null_text, scale, batched=False)}
+    teacher = guides[0]
+    apart = {TEACHER: guided(teacher.plain, null_text, config.guidance_scale, batched=False)}
     first = candidates[0] if config.teacher_steps and teacher.guided else None
     twice = first and replace(first, label=TWO_PASSES.format(first.label), fields=apart)
     return Lineup(ordered, tuple(dict.fromkeys(skipped)), twice)
 
 
+def _guide(name: str, folder: str, scale: float, null_text: Float[Tensor, "l d"]) -> _Guide:
+    identity = {"teacher": tree_digest(folder), "guidance_scale": scale}
+    plain = load_teacher(folder).requires_grad_(False)
+    field = guided(plain, null_text, scale)
+    return _Guide(name, folder, plain, field, identity, scale != 1, load_schedule(folder))
+
+
 def _teacher(teacher: _Guide, steps: int, shift: float) -> Candidate:
-    plan = teacher_plan(steps, TimeGrid(steps, shift))
-    fields = {"teacher": teacher.field}
+    plan, name = teacher_plan(steps, TimeGrid(steps, shift)), teacher.name
     return Candidate(
-        TEACHER, f"teacher {steps}", plan, fields, teacher.schedule, teacher.identity, teacher.guided
+        group=name,
+        label=f"{name} {steps}",
+        plan=plan,
+        fields={TEACHER: teacher.field},
+        schedule=teacher.schedule,
+        weights=teacher.identity,
+        guided=teacher.guided,
+        teacher=name,
     )
 
 
 def _of_student(
-    config: EvaluateConfig, kind: str, seed: int, folder: str, teacher: _Guide
+    config: EvaluateConfig, kind: str, seed: int, folder: str, guides: Sequence[_Guide]
 ) -> Iterator[Candidate | Skipped]:
     """Every sampler that one student takes part in."""
     try:
-        student = load_student(folder, config.teacher if is_lora(folder) else None)
+        teacher = _own_teacher(config, folder, guides)
+        student = load_student(folder, teacher.folder if is_lora(folder) else None)
     except MissingArtifact as missing:
         if config.strict:
             raise
         yield Skipped(f"{kind}, student {seed}", str(missing))
         return
-    _require_same_setting(config, folder, student.card, teacher)
-    fields = {**student.fields, "teacher": teacher.field}
+    fields = {**student.fields, TEACHER: teacher.field}
     digest = {"student": tree_digest(folder)}
     for label, group, plan in _plans(config, kind, student):
         if isinstance(plan, SamplingError | InvalidValue):
             yield Skipped(label, str(plan))
             continue
-        mixed = any(one.expert == "teacher" for one in plan.jumps)
-        weights = digest | (dict(teacher.identity) if mixed else {})
-        yield Candidate(group, label, plan, fields, student.schedule, weights, teacher.guided, seed)
+        mixed = any(one.expert == TEACHER for one in plan.jumps)
+        yield Candidate(
+            group=group,
+            label=label,
+            plan=plan,
+            fields=fields,
+            schedule=student.schedule,
+            weights=digest | (dict(teacher.identity) if mixed else {}),
+            guided=teacher.guided,
+            training_seed=seed,
+            teacher=teacher.name,
+        )
 
 
-def _require_same_setting(config: EvaluateConfig, folder: str, card: Card, teacher: _Guide) -> None:
-    """Refuse to compare a student with anything but the path that it was distilled from."""
-    if card.sources.get("teacher") not in (None, teacher.identity["teacher"]):
-        raise StaleArtifact(f"{folder} was distilled from another teacher than {config.teacher}")
+def _own_teacher(config: EvaluateConfig, folder: str, guides: Sequence[_Guide]) -> _Guide:
+    """Find the teacher that a student was distilled from.
+
+    Refuses to compare it with anything but the path that it was distilled from.
+    """
+    card, _ = read_card(FilePath(folder))
+    asked = card.sources.get("teacher")
+    teacher = next((one for one in guides if asked in (None, one.identity["teacher"])), None)
+    if teacher is None:
+        measured = " or ".join(one.folder for one in guides)
+        raise StaleArtifact(f"{folder} was distilled from another teacher than {measured}")
     if card.sources.get("codec") not in (None, tree_digest(config.codec)):
         raise StaleArtifact(f"{folder} makes latents of another codec than {config.codec}")
     for name, own in (("guidance_scale", card.guidance_scale), ("shift", card.grid.shift)):
@@ -176,6 +227,7 @@ def _require_same_setting(config: EvaluateConfig, folder: str, card: Card, teach
                 f"{folder} was distilled with {name} {own:g}, the teacher is measured with "
                 f"{getattr(config, name):g}: set {name}={own:g}"
             )
+    return teacher
 
 
 def _plans(

@@ -19,12 +19,18 @@ def draw_strips(
 ) -> bytes:
     """PNG: a row per sampler, and for each caption `num_shown` frames spread over the clip.
 
-    `clips` maps a sampler's label to its clips, clip i of caption i.
+    `clips` maps a sampler's label to its clips, clip i of caption i; lengths may differ between labels.
     """
-    count, length = next(iter(clips.values())).shape[:2]
-    shown = np.linspace(0, length - 1, min(num_shown, length)).round().astype(int)
-    cells = {label: [_side_by_side(clip[shown]) for clip in frames] for label, frames in clips.items()}
+    count = len(next(iter(clips.values())))
+    cells = {
+        label: [_side_by_side(_spread(clip, num_shown)) for clip in all_] for label, all_ in clips.items()
+    }
     return _png(_wall(cells, captions[:count], zoom))
+
+
+def _spread(clip: UInt8[np.ndarray, "f h w 3"], num_shown: int) -> UInt8[np.ndarray, "k h w 3"]:
+    """Frames spread over a clip, the first and the last among them."""
+    return clip[np.linspace(0, len(clip) - 1, min(num_shown, len(clip))).round().astype(int)]
 
 
 def draw_gif(clips: Mapping[str, Frames], captions: Sequence[str], fps: float = 8, zoom: int = 3) -> bytes:

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from raydistill.evaluation.candidates import HEAD, TAIL
-from raydistill.evaluation.measures import ALL_RIGHT
+from raydistill.evaluation.measures import ALL_RIGHT, BY_NAME
 
 Row = Mapping[str, Any]
 COLOURS = {
@@ -29,6 +30,7 @@ LOOKS = (
     RIGHT,
 )
 """Where the question is how frames look."""
+BETTER = {"higher": " (higher)", "lower": " (lower)", "one": " (near 1)"}
 
 
 def encode_png(figure: Figure, dpi: int = 110) -> bytes:
@@ -81,6 +83,36 @@ def draw_quality(
         figure.legend(
             named.values(), named.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
         )
+    return encode_png(figure)
+
+
+def draw_figures(
+    rows: Sequence[Row], names: Sequence[str], null: Mapping[str, float] | None = None, columns: int = 4
+) -> bytes:
+    """Samplers of one number of steps: a line per sampler, a panel per measure, bars for 95 % intervals."""
+    null, measures = null or {}, [BY_NAME[name] for name in names]
+    columns, count = min(columns, len(measures)), len(rows)
+    lines = -(-len(measures) // columns)
+    figure = Figure(figsize=(2 + 2.3 * columns, lines * (0.9 + 0.24 * count)), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    colours = group_colours([row["group"] for row in rows])
+    for axes, measure in zip_longest(grid.flat, measures):
+        if measure is None:
+            axes.set_axis_off()
+            continue
+        for y, row in enumerate(rows):
+            if (figures := row["figures"].get(measure.name)) is not None:
+                value, low, high = (measure.scale * figures[key] for key in ("value", "low", "high"))
+                bars = np.clip([[value - low], [high - value]], 0, None)
+                axes.errorbar(value, y, xerr=bars, color=colours[row["group"]], marker="o", ms=4, capsize=2)
+        if measure.name in null:
+            axes.axvline(measure.scale * null[measure.name], color="#999999", ls=":", lw=1.2)
+        axes.set_title(f"{measure.label}{BETTER[measure.better]}", fontsize=9, loc="left")
+        axes.set_yticks(range(count), [row["label"] for row in rows], fontsize=8)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].invert_yaxis()
     return encode_png(figure)
 
 

@@ -144,15 +144,15 @@ class Bench:
         return Record(empty, seen, self._values(frames, seen), passes=0, seconds_per_clip=0.0)
 
     def run(self, lineup: Lineup) -> dict[str, Record]:
-        """Record of every candidate, by name; the teacher's anchor first, as others are compared with it."""
-        anchor, out = None, {}
-        ordered = sorted(lineup.candidates, key=lambda one: one is not lineup.anchor)
+        """Record of every candidate, by name; the teachers' anchors first: their students are compared."""
+        anchors, out, first = dict[str, _Anchor](), dict[str, Record](), lineup.anchors
+        ordered = sorted(lineup.candidates, key=lambda one: one is not first.get(one.teacher))
         for number, candidate in enumerate(ordered):
             title = f"[{number + 1}/{len(ordered)}] {candidate.label}"
-            record = self._record(candidate, anchor, title)
+            record = self._record(candidate, anchors.get(candidate.teacher), title)
             out[candidate.name] = record
-            if candidate is lineup.anchor:
-                anchor = _Anchor(record.latents, candidate.identity, self.setting.codec)
+            if candidate is first.get(candidate.teacher):
+                anchors[candidate.teacher] = _Anchor(record.latents, candidate.identity, self.setting.codec)
         return out
 
     def _record(self, candidate: Candidate, anchor: "_Anchor | None", title: str) -> Record:

@@ -8,17 +8,19 @@ from raydistill.evaluation.summary import Row
 from raydistill.evaluation.verdicts import Side, Verdict, apart, said
 
 
-def decide(rows: Mapping[str, Row], compare: Sequence[CompareConfig], anchor: str) -> list[Verdict]:
+def decide(
+    rows: Mapping[str, Row], compare: Sequence[CompareConfig], anchors: Mapping[str, str]
+) -> list[Verdict]:
     """Return a verdict per comparison: held where `left` is better, or worse by less than the margin.
 
-    `anchor` is the label of the teacher's row. "Better" is the measure's own word; where 1 is best, the
-    distances from 1 are compared.
+    `anchors`: the label of each teacher's row, by its name. "Better" is the measure's own word; where 1 is
+    best, the distances from 1 are compared.
     """
-    return [_decided(rows, one, anchor) for one in compare]
+    return [_decided(rows, one, anchors) for one in compare]
 
 
-def _decided(rows: Mapping[str, Row], one: CompareConfig, anchor: str) -> Verdict:
-    labels = [anchor if side == "teacher" else f"{side} {one.num_steps}" for side in (one.left, one.right)]
+def _decided(rows: Mapping[str, Row], one: CompareConfig, anchors: Mapping[str, str]) -> Verdict:
+    labels = [anchors.get(side, f"{side} {one.num_steps}") for side in (one.left, one.right)]
     measure = BY_NAME[one.measure]
     side, limit = _asked(measure.better == "higher", one.margin)
     claim = f"{labels[0]}: {said(one.measure, measure.label)}, less {labels[1]}'s"
@@ -27,7 +29,9 @@ def _decided(rows: Mapping[str, Row], one: CompareConfig, anchor: str) -> Verdic
         return Verdict(claim, limit, side, "", None, f"{' and '.join(absent)} not measured")
     figures = [rows[label].figures[one.measure] for label in labels]
     figure, unit = apart(one.measure, *figures), " points" if measure.scale == 100 else ""
-    seeds = min(rows[label].figures[one.measure].num_seeds for label in labels if label != anchor)
+    seeds = min(
+        rows[label].figures[one.measure].num_seeds for label in labels if label not in anchors.values()
+    )
     note = f"{seeds} training seeds" if seeds > 1 else "one training seed: its own spread is not in it"
     return Verdict(claim, limit, side, unit, figure, note)
 

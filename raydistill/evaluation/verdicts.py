@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 from raydistill.evaluation import intervals
-from raydistill.evaluation.candidates import TEACHER, TWO_PASSES, Candidate
+from raydistill.evaluation.candidates import TWO_PASSES, Candidate, is_teacher
 from raydistill.evaluation.intervals import Bootstrapped, Estimate
 from raydistill.evaluation.measures import ALL_RIGHT, BY_NAME
 from raydistill.evaluation.summary import CONTROL, Row
@@ -151,7 +151,7 @@ class Judgement:
     @property
     def only_motion(self) -> bool:
         """Whether motion students are the only ones."""
-        kinds = {row.group for row in self.rows.values()} - {TEACHER, "reference"}
+        kinds = {row.group for row in self.rows.values() if not is_teacher(row.group)} - {"reference"}
         return bool(kinds) and all(kind.startswith("motion") for kind in kinds)
 
     def _apart(
@@ -181,6 +181,6 @@ class Judgement:
         return Verdict(claim, limit, "at least", "x", ratio.estimate(), "over rounds of timing")
 
     def _seeds(self, *labels: str) -> str:
-        students = [self.rows[label] for label in labels if self.rows[label].group != TEACHER]
+        students = [self.rows[label] for label in labels if not is_teacher(self.rows[label].group)]
         fewest = min(row.figures["frechet"].num_seeds for row in students)
         return f"{fewest} training seeds" if fewest > 1 else "one training seed: its own spread is not in it"

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.optim import _muon
 
 from raydistill.config.pretrain import PretrainConfig
+from raydistill.errors import InvalidValue
 from raydistill.models.codec import FrameCodec, build_tiny_codec, load_codec
 from raydistill.models.frame_features import FrameNet
 from raydistill.models.judge import Judge
 from raydistill.models.protocols import VideoCodec
+from raydistill.models.teacher import load_teacher
 from raydistill.models.text import WordVectors
 from raydistill.models.wan import WanField, build_tiny_teacher
 from raydistill.world import sprites
@@ -60,25 +62,29 @@ def to_float(frames: Tensor) -> Tensor:
 
 def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> None:
     """Train `config.part` and write <output>/<part>/; an interrupted run goes on from its last snapshot."""
+    output, codec_folder = Path(config.output), Path(config.codec or f"{config.output}/codec")
+    state = output / f"{config.part}.state"
+    if (done := _steps_done(state)) >= config.num_steps:
+        report(f"{output / config.part} is done: {done} steps")
+        return
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     clips, attributes = draw_clips(config.seed, config.num_clips, config.severities)
     report(f"{len(clips)} clips drawn")
-    output = Path(config.output)
     if config.part == "codec":
         codec = build_tiny_codec(config.seed)
         _fit(config, codec, _codec_loss(config, codec, clips), partial(_save_codec, clips, output), report)
     elif config.part == "judge":
         judge = Judge(ATTRIBUTES)
-        loss = _judge_loss(config, judge, clips, attributes, load_codec(output / "codec"))
+        loss = _judge_loss(config, judge, clips, attributes, load_codec(codec_folder))
         _fit(config, judge, loss, lambda net: cast(Judge, net).save(output / "judge"), report)
     elif config.part == "features":
         net = FrameNet({name: len(FRAME_ATTRIBUTES[name]) for name in FRAME_ATTRIBUTES})
         loss = _features_loss(config, net, clips, attributes)
         _fit(config, net, loss, lambda net: cast(FrameNet, net).save(output / "features"), report)
     else:
-        teacher = build_tiny_teacher(config.seed)
-        latents = encode_all(load_codec(output / "codec"), clips)
+        teacher = _first_teacher(config)
+        latents = encode_all(load_codec(codec_folder), clips)
         report(f"latents: std per channel {[round(v, 3) for v in latents.std(dim=(0, 2, 3, 4)).tolist()]}")
         text = WordVectors()([a.caption() for a in attributes])
 
@@ -86,6 +92,15 @@ def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> N
             cast(WanField, net).transformer.save_pretrained(output / "teacher", safe_serialization=True)
 
         _fit(config, teacher, _teacher_loss(config, teacher, latents, text), save, report)
+
+
+def _first_teacher(config: PretrainConfig) -> WanField:
+    if not config.start:
+        return build_tiny_teacher(config.seed)
+    teacher = load_teacher(config.start)
+    if not isinstance(teacher, WanField):
+        raise InvalidValue("start", config.start, "the folder of a WanTransformer3DModel")
+    return teacher.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -280,6 +295,10 @@ def _fit(
             _snapshot(state, step + 1, net, optimisers, average, save)
 
 
+def _steps_done(state: Path) -> int:
+    return int(torch.load(state, weights_only=True, mmap=True)["step"]) if state.is_file() else 0
+
+
 def _resume(
     state: Path, net: nn.Module, optimisers: list[torch.optim.Optimizer], average: dict[str, Tensor]
 ) -> int:
@@ -304,6 +323,9 @@ def _snapshot(
     """Save the averaged weights for use, and everything else for resuming."""
     state.parent.mkdir(parents=True, exist_ok=True)
     current = {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(average)
+    save(net)  # first: a last state says that all is done
+    net.load_state_dict(current)
     torch.save(
         {
             "step": step,
@@ -314,6 +336,3 @@ def _snapshot(
         state.with_suffix(".tmp"),
     )
     state.with_suffix(".tmp").rename(state)
-    net.load_state_dict(average)
-    save(net)
-    net.load_state_dict(current)

@@ -55,11 +55,11 @@ def marked(mark):
     return found
 
 
-def write_latents(folder, codec, count):
-    """What jobs/prepare.py would have made: clips of noise, with the digest of their codec."""
+def write_latents(folder, codec, count, frames=16):
+    """What jobs/prepare.py would have made: clips of noise, or images, with the digest of their codec."""
     identity = {"models": {"codec": {"digest": codec}}}
     draw = partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
-    rows = [latent_row(draw((4, 16, 4, 4)), draw((8, 32)), f"clip {i}", str(i)) for i in range(count)]
+    rows = [latent_row(draw((4, frames, 4, 4)), draw((8, 32)), f"clip {i}", str(i)) for i in range(count)]
     shard = write_shard(folder / "x", "part-0", rows, identity, order=0, rows_per_group=1)
     write_artifact(folder / "x", [shard], identity)
     point_to(folder, "x", fingerprint(identity))

@@ -1,5 +1,6 @@
 """Studies: what their settings must be, what counts as trained, how differences are decided."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from job_cases import ROOT, load_job
 from raydistill.artifacts import fingerprint
 from raydistill.config.ablate import AblateConfig, CompareConfig
 from raydistill.config.load import load
-from raydistill.errors import InvalidValue, RaydistillError
+from raydistill.errors import DistillError, InvalidValue, RaydistillError
 from raydistill.evaluation import intervals
 from raydistill.evaluation.measures import BY_NAME
 from raydistill.evaluation.studies import decide
@@ -18,6 +19,7 @@ from raydistill.latents.shards import latent_row, write_shard
 from raydistill.shards import point_to, write_artifact
 from raydistill.student import CARD
 
+TEACHERS = {"teacher": "teacher 50"}
 STUDIES = sorted((ROOT / "jobs" / "tiny" / "ablation").glob("*.yaml"))
 
 
@@ -62,6 +64,7 @@ UNMEASURED = {
     "columns": {"columns": ["frechet", "sharpnes"]},
     "compare": {"compare": [CompareConfig(left="a", right="b", num_steps=3)]},
     "compare ": {"compare": [CompareConfig(left="a", right="b", measure="sharpnes")]},
+    "compare  ": {"compare": [CompareConfig(left="a", right="teacher_0")]},
     "teacher_steps": {
         "compare": [CompareConfig(left="a", right="teacher")],
         "evaluate_shared": ["teacher_steps=[]"],
@@ -85,6 +88,7 @@ REFUSED = {
     "compare": {"compare": [CompareConfig(left="a", right="c")]},
     "compare ": {"compare": [CompareConfig(left="b", right="b")]},
     "parallel": {"parallel": 0},
+    "before": {"before": ["rm -r runs"]},
 }
 
 
@@ -93,6 +97,28 @@ def test_refused_settings(key):
     with pytest.raises(InvalidValue) as caught:
         study(**REFUSED[key])
     assert caught.value.key == key.strip()
+
+
+def test_what_a_training_says_last_is_told_now_and_then(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job, "SECONDS_BETWEEN_LINES", 0.05)
+    talk = (
+        "import time\nfor k in range(3): print('step', k, flush=True); time.sleep(0.4)\nraise SystemExit(3)"
+    )
+    assert job.run_logged([sys.executable, "-c", talk], tmp_path / "log", "a, seed 7") == 3
+    assert capsys.readouterr().out.splitlines() == [f"a, seed 7: step {k}" for k in range(3)]
+    assert (tmp_path / "log").read_text() == "step 0\nstep 1\nstep 2\n"
+
+
+def test_inputs_are_made_in_turn_and_the_first_that_fails_stops_the_study(job, monkeypatch, capfd):
+    config = study(before=["jobs/prepare.py --config 'a b.yaml'", "jobs/nothing.py"])
+    monkeypatch.setattr(job.sys, "executable", "echo")
+    job.make_inputs(config)
+    said = capfd.readouterr().out.splitlines()
+    assert "python jobs/prepare.py --config 'a b.yaml'" in said
+    assert f"{ROOT}/jobs/prepare.py --config a b.yaml" in said
+    monkeypatch.setattr(job.sys, "executable", "false")
+    with pytest.raises(DistillError, match=r"prepare\.py ended with exit status 1"):
+        job.make_inputs(config)
 
 
 def make_latents(folder, value):
@@ -192,7 +218,7 @@ def row(label, value, measure, spread=0.01):
 )
 def test_a_difference_is_decided_by_the_measures_own_better(measure, left, right, outcome):
     rows = {"a 4": row("a 4", left, measure), "b 4": row("b 4", right, measure)}
-    (verdict,) = decide(rows, [CompareConfig(left="a", right="b", measure=measure)], "teacher 50")
+    (verdict,) = decide(rows, [CompareConfig(left="a", right="b", measure=measure)], TEACHERS)
     assert verdict.outcome == outcome
     assert verdict.reason == "3 training seeds"
 
@@ -202,7 +228,7 @@ def test_figures_of_one_student_are_said_to_be_so_and_shares_are_in_points():
     for label, value in (("a 4", 0.9), ("b 4", 0.8)):
         three = row(label, value, "right/all")
         rows[label] = replace(three, figures={k: replace(v, num_seeds=1) for k, v in three.figures.items()})
-    (verdict,) = decide(rows, [CompareConfig(left="a", right="b")], "teacher 50")
+    (verdict,) = decide(rows, [CompareConfig(left="a", right="b")], TEACHERS)
     assert verdict.reason == "one training seed: its own spread is not in it"
     assert "a 4: all right %, less b 4's: 10 [" in verdict.text
     assert "] points (more than 0 points" in verdict.text
@@ -214,17 +240,21 @@ def test_as_good_but_for_a_margin(measure, better, worse, outcome):
     rows = {"a 4": row("a 4", 0.5 - better * worse, measure, 0.003), "b 4": row("b 4", 0.5, measure, 0.006)}
     margin = 0.02 * BY_NAME[measure].scale
     asked = CompareConfig(left="a", right="b", measure=measure, margin=margin)
-    (verdict,) = decide(rows, [asked], "teacher 50")
+    (verdict,) = decide(rows, [asked], TEACHERS)
     assert (verdict.outcome, abs(verdict.limit)) == (outcome, margin)
 
 
 def test_what_is_not_apart_is_undecided_and_what_is_absent_is_said():
     rows = {"a 4": row("a 4", 0.8, "right/all", 0.05), "b 4": row("b 4", 0.8, "right/all", 0.02)}
-    (verdict,) = decide(rows, [CompareConfig(left="a", right="b")], "teacher 50")
+    (verdict,) = decide(rows, [CompareConfig(left="a", right="b")], TEACHERS)
     assert verdict.outcome == "undecided"
     rows = {f"{name} 4": row(f"{name} 4", 0.0, "black_clip", 0.0) for name in "ab"}
-    (never,) = decide(rows, [CompareConfig(left="a", right="b", measure="black_clip")], "teacher 50")
+    (never,) = decide(rows, [CompareConfig(left="a", right="b", measure="black_clip")], TEACHERS)
     assert never.outcome == "undecided"  # neither was seen: no clip of 100 is not no clip
-    (gone,) = decide(rows, [CompareConfig(left="a", right="teacher")], "teacher 50")
+    stranger = CompareConfig(left="a", right="teacher_0", measure="black_clip")
+    rows["teacher_0 50"] = row("teacher_0 50", 0.5, "black_clip", 0.01)
+    (own,) = decide(rows, [stranger], TEACHERS | {"teacher_0": "teacher_0 50"})
+    assert (own.outcome, own.reason) == ("held", "3 training seeds")
+    (gone,) = decide(rows, [CompareConfig(left="a", right="teacher")], TEACHERS)
     assert gone.outcome == "skipped"
     assert "teacher 50 not measured" in gone.reason

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluate_cases import NULL_TEXT, make_config, make_student, make_weights
-from job_cases import load_job
+from job_cases import load_job, write_latents
 from PIL import Image
 
-from raydistill.config.evaluate import LatencyConfig
+from raydistill.config.evaluate import LatencyConfig, PicturesConfig
 from raydistill.config.load import dump
 from raydistill.errors import MissingArtifact
+from raydistill.evaluation import pictures
 from raydistill.evaluation.build import build_report
 from raydistill.evaluation.candidates import Lineup, build_lineup
 from raydistill.evaluation.records import RecordStore
@@ -179,6 +180,9 @@ def test_other_noise_captions_or_clips_are_another_evaluation(store, config, lin
 
 
 def test_what_is_missing_is_skipped_with_its_reason(config, tmp_path):
+    write_latents(tmp_path / "videos", "", 3)
+    write_latents(tmp_path / "images", "", 9, frames=1)
+    trained_on = {name: str(tmp_path / name) for name in ("videos", "images", "nothing")}
     lean = dataclasses.replace(
         config,
         judge=str(tmp_path / "<no judge>"),
@@ -186,6 +190,7 @@ def test_what_is_missing_is_skipped_with_its_reason(config, tmp_path):
         metrics={},
         output=str(tmp_path / "lean"),
         latency=LatencyConfig(rounds=0),
+        pictures=PicturesConfig(captions=2, strip_captions=2, beside=trained_on),
     )
     report = build_report(lean, job.make_setting(lean), build_lineup(lean, NULL_TEXT))
     reasons = {one["what"]: one["reason"] for one in report.results["skipped"]}
@@ -197,6 +202,9 @@ def test_what_is_missing_is_skipped_with_its_reason(config, tmp_path):
     assert "right/all" not in figures
     assert figures["path/direction"]["num_clips"] == 4
     assert "losses" not in report.pictures
+    assert reasons["nothing in the strips"] == f"no {tmp_path}/nothing"
+    height = Image.open(io.BytesIO(report.pictures["strips"])).height
+    assert height // (2 * sprites.SIZE + pictures.GAP_PX) == 4  # real clips, teacher, videos, images
     page = Path(lean.output, "report.html").read_text(encoding="utf-8")
     assert "&lt;no judge&gt;" in page
     assert "<no judge>" not in page

@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
-from evaluate_cases import NULL_TEXT, make_config, make_student, make_weights
+from evaluate_cases import NULL_TEXT, SMALL, make_config, make_student, make_weights
 
+from raydistill.artifacts import tree_digest
 from raydistill.errors import StaleArtifact
 from raydistill.evaluation.candidates import build_lineup
+from raydistill.models.wan import build_tiny_teacher
 from raydistill.student import load_student
 
 
@@ -22,6 +24,36 @@ def test_a_student_of_other_networks_is_refused(config, tmp_path, source):
     stranger = make_student(tmp_path / "stranger", "dual", 1, sources={source: "0" * 64})
     with pytest.raises(StaleArtifact, match=f"another {source}"):
         build_lineup(dataclasses.replace(config, students={"dual": [stranger]}), NULL_TEXT)
+
+
+def test_students_of_several_teachers_stand_each_beside_its_own(config, tmp_path):
+    other = build_tiny_teacher(7, **SMALL).transformer
+    other.save_pretrained(tmp_path / "poor")
+    digests = [tree_digest(folder) for folder in (config.teacher, tmp_path / "poor")]
+    students = {
+        kind: [make_student(tmp_path / kind, "single", 1, sources={"teacher": digest})]
+        for kind, digest in zip(("clean", "field"), digests, strict=True)
+    }
+    asked = dataclasses.replace(
+        config, students=students, more_teachers={"teacher_poor": f"{tmp_path}/poor"}, student_steps=(2,)
+    )
+    lineup = build_lineup(asked, NULL_TEXT)
+    found = [(one.label, one.teacher) for one in lineup.candidates]
+    assert found == [
+        ("teacher 3", "teacher"),
+        ("teacher 1", "teacher"),
+        ("teacher_poor 3", "teacher_poor"),
+        ("teacher_poor 1", "teacher_poor"),
+        ("clean 2", "teacher"),
+        ("field 2", "teacher_poor"),
+    ]
+    assert {name: one.label for name, one in lineup.anchors.items()} == {
+        "teacher": "teacher 3",
+        "teacher_poor": "teacher_poor 3",
+    }
+    assert lineup.anchor is lineup.candidates[0]
+    weights = [one.weights["teacher"] for one in lineup.anchors.values()]
+    assert weights == digests
 
 
 @pytest.mark.parametrize("name", ["guidance_scale", "shift"])

@@ -254,6 +254,7 @@ def test_losses_and_quality_are_drawn_whatever_is_there(results):
         plots.draw_losses({"dual": lines, "single": lines[:60]}),
         plots.draw_quality(results["rows"], {"frechet": 2.0}),
         plots.draw_quality([{**results["rows"][0], "figures": {}}]),
+        plots.draw_figures(results["rows"], ["right/all", "frechet", "watermark"], {"frechet": 2.0}),
     ):
         Image.open(io.BytesIO(drawn)).verify()
 
