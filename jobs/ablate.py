@@ -7,12 +7,19 @@
 Run the same command again after a stop: finished trainings and measurements are kept.
 """
 
+import sys
+
+from raydistill.config.ablate import SWITCHES, AblateConfig
+from raydistill.config.load import dump, from_command_line, read_early, run
+
+if __name__ == "__main__":
+    read_early(AblateConfig, SWITCHES)
+
 import json
 import os
 import platform
 import shlex
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -27,10 +34,8 @@ from evaluate import make_setting
 from filelock import FileLock
 
 from raydistill.artifacts import LatentStore, fingerprint, tree_digest, write_atomically, write_json
-from raydistill.config.ablate import AblateConfig
 from raydistill.config.distill import DistillConfig
 from raydistill.config.evaluate import EvaluateConfig
-from raydistill.config.load import dump, from_command_line, run
 from raydistill.errors import (
     ArtifactError,
     ConfigError,
@@ -47,10 +52,6 @@ from raydistill.models.text import WordVectors
 from raydistill.student import CARD
 from raydistill.trajectories.store import TrajectoryStore
 
-SWITCHES = {
-    "no-training": "measure what is trained already; what is missing is skipped",
-    "update-docs": "copy table and pictures to docs/ablation/NAME",
-}
 MADE = "made.json"
 SECONDS_BETWEEN_LINES = 30.0
 SHOWN = ("quality", "strips", "losses")

@@ -7,6 +7,13 @@ Run the same command again and it goes on where it stopped.
 """
 
 import sys
+
+from raydistill.config.distill import SWITCHES, DistillConfig
+from raydistill.config.load import dump, from_command_line, read_early, run
+
+if __name__ == "__main__":
+    read_early(DistillConfig, SWITCHES)
+
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,8 +21,6 @@ from pathlib import Path
 import torch
 
 from raydistill.artifacts import LatentRow, LatentStore, tree_digest
-from raydistill.config.distill import DistillConfig
-from raydistill.config.load import dump, from_command_line, run
 from raydistill.config.stages import StageConfig
 from raydistill.errors import DistillError, InvalidValue, MissingArtifact, StaleArtifact, disk_full_explained
 from raydistill.evaluation.analysis_plots import draw_analysis
@@ -37,9 +42,6 @@ from raydistill.trajectories.record.recorder import asked_of_paths
 from raydistill.trajectories.store import TrajectoryStore
 
 CAPTIONS_READ = 512
-SWITCHES = {
-    "analyse": "draw loss, gradient and x0 change by noise level for this teacher, and propose a boundary"
-}
 
 
 def build_data_plan(config: DistillConfig, stage: StageConfig, stores: Stores) -> Lanes:

@@ -6,8 +6,15 @@
 A second run goes on where the first stopped: samplers already measured are read back from <output>/records.
 """
 
-import logging
 import sys
+
+from raydistill.config.evaluate import SWITCHES, EvaluateConfig
+from raydistill.config.load import dump, from_command_line, read_early, run
+
+if __name__ == "__main__":
+    read_early(EvaluateConfig, SWITCHES)
+
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +22,6 @@ import torch
 from tqdm import tqdm
 
 from raydistill.artifacts import tree_digest
-from raydistill.config.evaluate import EvaluateConfig
-from raydistill.config.load import dump, from_command_line, run
 from raydistill.errors import ArtifactError, MissingArtifact, disk_full_explained
 from raydistill.evaluation.appearance import Sign
 from raydistill.evaluation.build import build_report
@@ -30,7 +35,6 @@ from raydistill.models.text import WordVectors
 from raydistill.world import degrade, sprites
 
 HELD_OUT = tuple(a for a in sprites.ALL if sprites.held_out(a))
-SWITCHES = {"update-readme": "put the table into README.md and the pictures into docs/"}
 
 
 def attributes_of(clip: int) -> sprites.Attributes:

@@ -7,8 +7,15 @@ Draw the small world or list a folder; hash; decode in child processes; encode; 
 same command again after a stop, or with more files: finished shards are kept and their files not read again.
 """
 
-import json
 import sys
+
+from raydistill.config.load import dump, from_command_line, read_early, run
+from raydistill.config.prepare import PrepareConfig
+
+if __name__ == "__main__":
+    read_early(PrepareConfig)
+
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.artifacts import LATENTS_SCHEMA_VERSION, MANIFEST, Manifest, fingerprint, write_json
-from raydistill.config.load import dump, from_command_line, run
-from raydistill.config.prepare import PrepareConfig
 from raydistill.errors import PrepareError, disk_full_explained
 from raydistill.flow import connect
 from raydistill.latents.encode import NORMALISATION, models_identity, require_codec

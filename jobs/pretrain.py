@@ -4,11 +4,16 @@ python jobs/pretrain.py part=teacher output=runs/weights num_steps=12000
 """
 
 import sys
+
+from raydistill.config.load import dump, from_command_line, load, read_early, run
+from raydistill.config.pretrain import PretrainConfig
+
+if __name__ == "__main__":
+    read_early(PretrainConfig)
+
 from dataclasses import replace
 from pathlib import Path
 
-from raydistill.config.load import dump, from_command_line, load, run
-from raydistill.config.pretrain import PretrainConfig
 from raydistill.errors import ArtifactError, StaleArtifact, disk_full_explained
 from raydistill.world.pretrain import pretrain
 

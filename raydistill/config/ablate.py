@@ -11,6 +11,11 @@ from omegaconf import MISSING
 from raydistill.config.checks import at_least
 from raydistill.errors import InvalidValue
 
+SWITCHES = {
+    "no-training": "measure what is trained already; what is missing is skipped",
+    "update-docs": "copy table and pictures to docs/ablation/NAME",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:

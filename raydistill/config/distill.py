@@ -8,6 +8,10 @@ from raydistill.config.grid import GridConfig
 from raydistill.config.stages import DetailConfig, MotionConfig, StageConfig
 from raydistill.errors import InvalidValue
 
+SWITCHES = {
+    "analyse": "draw loss, gradient and x0 change by noise level for this teacher, and propose a boundary"
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from raydistill.errors import InvalidValue
 
+SWITCHES = {"update-readme": "put the table into README.md and the pictures into docs/"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PicturesConfig:

@@ -46,6 +46,15 @@ def from_command_line(
     return _build(schema, sources), given
 
 
+def read_early(schema: type, switches: Mapping[str, str] | None = None) -> None:
+    """Answer --help and refuse wrong settings, as `run` does, before a job imports torch and Ray: seconds."""
+
+    def read() -> None:
+        from_command_line(schema, sys.argv[1:], switches=switches)
+
+    run(read)
+
+
 def load(schema: type[Schema], path: str | Path) -> Schema:
     """Read a YAML file alone."""
     return from_command_line(schema, ["--config", str(path)])[0]
@@ -70,9 +79,10 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         sys.stderr.write(line + "\n")
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         sys.stdout.flush()
-        sys.stderr.write("interrupted: the same command goes on with what is finished\n")
+        notes = "".join(f" ({note})" for note in getattr(interrupt, "__notes__", ()))
+        sys.stderr.write(f"interrupted: the same command goes on with what is finished{notes}\n")
         raise SystemExit(130) from None
 
 

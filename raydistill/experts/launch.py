@@ -125,6 +125,10 @@ def launch(
             with cluster(scale), progress(run_dir, stage, start, num_steps):
                 _fit(told, scale, feed(start) if feed else None)
             break
+        except KeyboardInterrupt as interrupt:
+            done = checkpoint.step_of(checkpoint.newest_verified(run_dir, stage, contents=False))
+            interrupt.add_note(f"'{stage}' from step {done} of {num_steps}")
+            raise
         except TrainingFailedError as failure:
             stuck = start == stuck_at or _reached(run_dir, stage) <= start
             _raise_unless_lost(failure, stuck=stuck, last=attempt == scale.max_failures)

@@ -153,8 +153,9 @@ def test_ray_train_never_starts_workers_again_by_itself(local_ray, tmp_path, mon
             raise SystemExit(1)  # what Ctrl-C comes to in Ray Train
 
     monkeypatch.setattr(launching, "TorchTrainer", Watched)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         run(tmp_path)
+    assert interrupt.value.__notes__ == [f"'semantic' from step 0 of {NUM_STEPS}"]
     (limits,) = asked
     assert (limits.max_failures, limits.max_preemption_failures, limits.controller_failure_limit) == (0, 0, 0)
 

@@ -1,6 +1,10 @@
 """The settings loader: precedence, messages, `--help`, and files that can be run again."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -10,6 +14,8 @@ from omegaconf import MISSING
 
 from raydistill.config.load import dump, field_docs, from_command_line, help_text, key_names, load, run
 from raydistill.errors import DistillError, InvalidValue, MissingValue, UnknownKey
+
+JOBS = Path(__file__).parents[2] / "jobs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,12 +294,29 @@ def test_errors_raised_on_purpose_are_one_line_and_an_exit_status(capsys, error,
 
 def test_an_interrupt_is_one_line_too(capsys):
     def main() -> None:
-        raise KeyboardInterrupt
+        stop = KeyboardInterrupt()
+        stop.add_note("'cart' from step 7 of 9")
+        raise stop
 
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == 130
-    assert capsys.readouterr().err == "interrupted: the same command goes on with what is finished\n"
+    said = "interrupted: the same command goes on with what is finished ('cart' from step 7 of 9)\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("job", sorted(path.name for path in JOBS.glob("*.py")))
+def test_a_typo_is_told_before_torch_is_imported(job, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, str(JOBS / job), "zzzz=1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (told.returncode, told.stderr) == (2, "UnknownKey: unknown key 'zzzz' (on the command line)\n")
 
 
 def test_other_errors_are_not_hidden():
