@@ -215,6 +215,7 @@ def _beside(config: EvaluateConfig, setting: Setting, count: int) -> dict[str, F
         if not Path(folder).is_dir():
             continue  # told among what is skipped
         store = LatentStore(folder)
+        store.require_codec(setting.identity["codec"])
         images = store.row(0).latents.shape[1] == 1
         most = min(len(store), count * (IMAGES_IN_CELL if images else 1))
         frames = decode(setting.codec, np.stack([row.latents for row in store.rows(list(range(most)))]))

@@ -15,6 +15,7 @@ from evaluate_cases import NULL_TEXT, make_config, make_student, make_weights
 from job_cases import load_job, write_latents
 from PIL import Image
 
+from raydistill.artifacts import tree_digest
 from raydistill.config.evaluate import LatencyConfig, PicturesConfig
 from raydistill.config.load import dump
 from raydistill.errors import MissingArtifact
@@ -180,8 +181,9 @@ def test_other_noise_captions_or_clips_are_another_evaluation(store, config, lin
 
 
 def test_what_is_missing_is_skipped_with_its_reason(config, tmp_path):
-    write_latents(tmp_path / "videos", "", 3)
-    write_latents(tmp_path / "images", "", 9, frames=1)
+    codec = tree_digest(config.codec)
+    write_latents(tmp_path / "videos", codec, 3)
+    write_latents(tmp_path / "images", codec, 9, frames=1)
     trained_on = {name: str(tmp_path / name) for name in ("videos", "images", "nothing")}
     lean = dataclasses.replace(
         config,

@@ -1,6 +1,7 @@
 """Who takes part in an evaluation: which students are refused, skipped, or followed on which path."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from evaluate_cases import NULL_TEXT, SMALL, make_config, make_student, make_weights
@@ -8,6 +9,7 @@ from evaluate_cases import NULL_TEXT, SMALL, make_config, make_student, make_wei
 from raydistill.artifacts import tree_digest
 from raydistill.errors import StaleArtifact
 from raydistill.evaluation.candidates import build_lineup
+from raydistill.evaluation.run import Bench
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.student import load_student
 
@@ -26,7 +28,7 @@ def test_a_student_of_other_networks_is_refused(config, tmp_path, source):
         build_lineup(dataclasses.replace(config, students={"dual": [stranger]}), NULL_TEXT)
 
 
-def test_students_of_several_teachers_stand_each_beside_its_own(config, tmp_path):
+def test_students_of_several_teachers_stand_each_beside_its_own(config, tmp_path, monkeypatch):
     other = build_tiny_teacher(7, **SMALL).transformer
     other.save_pretrained(tmp_path / "poor")
     digests = [tree_digest(folder) for folder in (config.teacher, tmp_path / "poor")]
@@ -54,6 +56,22 @@ def test_students_of_several_teachers_stand_each_beside_its_own(config, tmp_path
     assert lineup.anchor is lineup.candidates[0]
     weights = [one.weights["teacher"] for one in lineup.anchors.values()]
     assert weights == digests
+
+    def noted(_bench, candidate, anchor, _title):
+        beside[candidate.label] = anchor and anchor.latents
+        return SimpleNamespace(latents=f"clips of {candidate.label}")
+
+    beside = {}
+    monkeypatch.setattr(Bench, "_record", noted)
+    Bench(SimpleNamespace(batch_size=4, codec=None), None).run(lineup)
+    assert beside == {
+        "teacher 3": None,
+        "teacher_poor 3": None,
+        "teacher 1": "clips of teacher 3",
+        "teacher_poor 1": "clips of teacher_poor 3",
+        "clean 2": "clips of teacher 3",
+        "field 2": "clips of teacher_poor 3",
+    }
 
 
 @pytest.mark.parametrize("name", ["guidance_scale", "shift"])
