@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from raydistill.errors import InvalidValue
-from raydistill.evaluation import intervals, pictures, plots, report
+from raydistill.evaluation import build, intervals, pictures, plots, report
 from raydistill.evaluation.analysis_plots import draw_analysis
 from raydistill.evaluation.summary import CONTROL, Row
 from raydistill.evaluation.verdicts import Judgement, Verdict
@@ -257,6 +257,15 @@ def test_losses_and_quality_are_drawn_whatever_is_there(results):
         plots.draw_figures(results["rows"], ["right/all", "frechet", "watermark"], {"frechet": 2.0}),
     ):
         Image.open(io.BytesIO(drawn)).verify()
+
+
+def test_a_study_of_one_number_of_steps_has_no_curves_but_all_its_measures(results):
+    columns = ["frechet", "right/all"]
+    results["settings"]["columns"] = columns
+    real = {name: one["value"] for name, one in results["reference"][0]["figures"].items()}
+    assert build._quality(results) == plots.draw_figures(results["rows"], columns, real)
+    results["rows"].append({**results["rows"][1], "label": "dual 2", "num_steps": 2})
+    assert build._quality(results) == plots.draw_quality(results["rows"], {"frechet": results["null"]})
 
 
 def test_analysis_is_drawn_and_kept_as_numbers(tmp_path):
