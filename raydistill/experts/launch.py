@@ -50,6 +50,8 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
     # Workers stay where the job was started, so that relative paths keep their meaning.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # One process less for each stage: nobody asks what it finds out. A machine that is taken away is a loss.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 DATASET = "train"
 RAYS_OWN = ".ray"

@@ -111,13 +111,12 @@ def test_prepare_and_distill_run_on_a_running_head(head, tmp_path):
         "jobs/tiny/smoke.yaml",
         f"data={latents}",
         f"output={run}",
-        "experts=dual_full",
+        "experts=single",
         "scale.num_workers=1",
     ]
     distilled = submit(head, *job)
     assert distilled.returncode == 0, distilled.stdout + distilled.stderr
-    assert set(load_student(run / "student").fields) == {"semantic", "detail"}
-    assert load_student(run / "student").kind == "dual_full"
+    assert load_student(run / "student").kind == "single"
     assert "student: " in distilled.stdout
 
 
