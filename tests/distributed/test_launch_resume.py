@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import engine_cases
@@ -105,10 +106,11 @@ def test_our_errors_come_back_as_they_are(local_ray, tmp_path):
 def test_a_bug_before_the_first_step_is_not_tried_again(local_ray, tmp_path):
     """Neither one of the training function nor one of the data's loaders, though Ray wraps that one."""
     accident = {"kind": "none", "step": -1, "rank": -1}
-    what = {"config": accident, "scale": SCALE, "state": STATE, "num_steps": NUM_STEPS}
+    one = replace(SCALE, num_workers=1)
+    what = {"config": accident, "scale": one, "state": STATE, "num_steps": NUM_STEPS}
     with pytest.raises(WorkerGroupError, match=r"size mismatch|inconsistent tensor size"):
         launch(note_and_raise, run_dir=tmp_path / "train", **what)
-    assert (tmp_path / "train" / "accidents").read_text() == "started\n" * SCALE.num_workers
+    assert (tmp_path / "train" / "accidents").read_text() == "started\n"
     with pytest.raises(WorkerGroupError) as caught:
         launch(train, run_dir=tmp_path / "load", feed=feed_with_a_bug, **what)
     assert "rank 0: UserCodeException: " in _summary(caught.value)

@@ -116,7 +116,7 @@ def limit_files_after(shards: int, output: Path, limited: list[str]) -> None:
 
 
 def test_files_that_may_not_grow_are_a_full_disk(cluster, codec, tmp_path):
-    """What a full disk does, where no small disk may be mounted: the system refuses an actor's next file."""
+    """What a full disk does: the system refuses an actor's next file."""
     pairs, limited = sprites(tmp_path / "clips"), list[str]()
     limiter = threading.Thread(target=limit_files_after, args=(2, tmp_path / "out", limited))
     limiter.start()

@@ -1,13 +1,16 @@
 """Run a job as its user would, and see that nothing of it is left."""
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
 import time
 import uuid
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -63,6 +66,14 @@ def write_latents(folder, codec, count, frames=16):
     shard = write_shard(folder / "x", "part-0", rows, identity, order=0, rows_per_group=1)
     write_artifact(folder / "x", [shard], identity)
     point_to(folder, "x", fingerprint(identity))
+
+
+def job_here(name, *settings):
+    """Run a job in this process, which has the imports behind it; return what it printed."""
+    command, printed = [f"{name}.py", *map(str, settings)], io.StringIO()
+    with mock.patch.object(sys, "argv", command), redirect_stdout(printed):
+        load_job(name).main()
+    return printed.getvalue()
 
 
 def load_job(name):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ray
 import torch
-from job_cases import job, load_job, write_latents
+from job_cases import job, job_here, load_job, write_latents
 from safetensors.torch import load_file
 
 from raydistill.artifacts import tree_digest
@@ -66,7 +66,7 @@ def weights(run):
 def test_one_worker_under_zero_3_goes_on_with_the_student_of_two_under_zero_2(made):
     """From a checkpoint within the first stage on: what it ends with is what the two end with."""
     stopped(made, "one", "detail-*", f"semantic-step-{NUM_STEPS:06d}")
-    distilled(made, "one", "scale.num_workers=1", "engine.zero_stage=3")
+    job_here("distill", *arguments(made, "one", "scale.num_workers=1", "engine.zero_stage=3"))
     ours, theirs = weights(made / "one"), weights(made / "two")
     assert ours.keys() == theirs.keys()
     start = load_file(made / "teacher" / "diffusion_pytorch_model.safetensors")
@@ -87,7 +87,7 @@ def test_one_worker_under_zero_3_goes_on_with_the_student_of_two_under_zero_2(ma
 
 
 def stopped(folder, name, *later):
-    """Copy the run of two workers to `name`, as it was before these checkpoints and the student were there."""
+    """Copy the run of two workers to `name`, as it was before it had a student and these checkpoints."""
     shutil.copytree(folder / "two", folder / name, ignore=shutil.ignore_patterns(*later))
     shutil.rmtree(folder / name / "student")
 
@@ -169,7 +169,7 @@ def test_the_report_shows_teacher_and_student(made):
     students = f"students.dual=[{made}/two/student]"
     networks = [f"teacher={made}/teacher", f"codec={made}/codec"]
     sizes = ["num_clips=4", "reference_clips=8", "teacher_steps=[2,1]", "latency.rounds=1"]
-    job("evaluate", students, *networks, *sizes, f"output={made}/evaluation")
+    job_here("evaluate", students, *networks, *sizes, f"output={made}/evaluation")
     page = (made / "evaluation" / "report.html").read_text()
     assert "teacher" in page
     assert "dual" in page

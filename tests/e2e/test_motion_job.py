@@ -7,12 +7,14 @@ import sys
 import pytest
 import ray
 import torch
-from job_cases import job, load_job, write_latents
+from job_cases import job_here, load_job, write_latents
 from motion_cases import teacher
 from safetensors.torch import load_file
+from shared_memory import shared_memory
 
 from raydistill.artifacts import tree_digest
 from raydistill.config.load import run
+from raydistill.flow import connect
 from raydistill.models.codec import build_tiny_codec
 from raydistill.models.frame_features import FrameNet
 from raydistill.student import load_student
@@ -23,7 +25,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Untrained networks; latents of clips, images made by the job, recorded paths."""
+    """Untrained networks and latents of clips; images, recorded paths and a student, all by the jobs."""
     folder = tmp_path_factory.mktemp("motion")
     teacher().network.save_pretrained(folder / "teacher")
     teacher(1).network.save_pretrained(folder / "other")
@@ -32,10 +34,14 @@ def made(tmp_path_factory):
     torch.manual_seed(0)
     FrameNet({"shape": 3}, widths=(8, 8, 8, 8)).save(folder / "features")
     files = ["source.kind=sprite_images", f"source.path={folder}/image-files", "source.num_clips=12"]
-    job("prepare", f"output={folder}/images", f"encode.codec={folder}/codec", *files)
     write_latents(folder / "videos", tree_digest(folder / "codec"), 12)
-    said = job("prepare", f"output={folder}/paths", *recording(folder))
-    assert "trajectories: " in said
+    before = shared_memory()
+    with connect(num_cpus=3, object_store_mib=200):  # one for all three
+        job_here("prepare", f"output={folder}/images", f"encode.codec={folder}/codec", *files)
+        said = job_here("prepare", f"output={folder}/paths", *recording(folder))
+        assert "trajectories: " in said
+        job_here("distill", *settings(folder, "two", "scale.num_workers=2", "engine.zero_stage=2"))
+    assert shared_memory() <= before
     return folder
 
 
@@ -81,8 +87,7 @@ def figures(run):
 
 @pytest.fixture(scope="module")
 def two(made):
-    """A student trained by two workers under ZeRO 2."""
-    job("distill", *settings(made, "two", "scale.num_workers=2", "engine.zero_stage=2"))
+    """The student's run."""
     return made / "two"
 
 
@@ -113,7 +118,7 @@ def test_it_is_measured_beside_its_teacher(made, two):
     inputs = [f"teacher={made}/teacher", f"codec={made}/codec", f"students.motion=[{two}/student]"]
     sizes = ["num_clips=4", "reference_clips=8", "num_draws=20", "teacher_steps=[5]", "student_steps=[4,2]"]
     sizes += ["judge=none", "latency.rounds=0", f"output={made}/evaluation"]
-    job("evaluate", *inputs, *sizes)
+    job_here("evaluate", *inputs, *sizes)
     table = (made / "evaluation" / "report" / "table.md").read_text()
     head = re.search(r"\| sampler .*", table)
     assert head is not None
