@@ -7,7 +7,7 @@ import sys
 import pytest
 import ray
 import torch
-from job_cases import job_here, load_job, write_latents
+from job_cases import job, job_here, load_job, write_latents
 from motion_cases import teacher
 from safetensors.torch import load_file
 from shared_memory import shared_memory
@@ -34,10 +34,10 @@ def made(tmp_path_factory):
     torch.manual_seed(0)
     FrameNet({"shape": 3}, widths=(8, 8, 8, 8)).save(folder / "features")
     files = ["source.kind=sprite_images", f"source.path={folder}/image-files", "source.num_clips=12"]
+    job("prepare", f"output={folder}/images", f"encode.codec={folder}/codec", *files)
     write_latents(folder / "videos", tree_digest(folder / "codec"), 12)
     before = shared_memory()
-    with connect(num_cpus=3, object_store_mib=200):  # one for all three
-        job_here("prepare", f"output={folder}/images", f"encode.codec={folder}/codec", *files)
+    with connect(num_cpus=3, object_store_mib=200):
         said = job_here("prepare", f"output={folder}/paths", *recording(folder))
         assert "trajectories: " in said
         job_here("distill", *settings(folder, "two", "scale.num_workers=2", "engine.zero_stage=2"))
