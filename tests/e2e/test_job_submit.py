@@ -94,10 +94,10 @@ def wait_until_ready(process: subprocess.Popen, address: str, token: str, log: P
 def submit(head, *command: str) -> subprocess.CompletedProcess:
     address, environment = head
     line = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *command]
-    return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=480)
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 def test_prepare_and_distill_run_on_a_running_head(head, tmp_path):
     """Absolute paths for all that should last: a submitted job runs in a copy of the folder."""
     world = ["source.path=" + str(tmp_path / "world"), "source.num_clips=24"]
@@ -111,12 +111,13 @@ def test_prepare_and_distill_run_on_a_running_head(head, tmp_path):
         "jobs/tiny/smoke.yaml",
         f"data={latents}",
         f"output={run}",
-        "experts=single",
+        "experts=dual_full",
         "scale.num_workers=1",
     ]
     distilled = submit(head, *job)
     assert distilled.returncode == 0, distilled.stdout + distilled.stderr
-    assert load_student(run / "student").kind == "single"
+    assert set(load_student(run / "student").fields) == {"semantic", "detail"}
+    assert load_student(run / "student").kind == "dual_full"
     assert "student: " in distilled.stdout
 
 
