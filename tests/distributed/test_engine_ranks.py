@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from engine_cases import ENGINES, LOW, PAIRS, adversarial, continued, everything, outcome
 from gloo_ranks import run_ranks
-from shared_memory import shared_memory
+from shared_memory import left_since, shared_memory
 
 pytestmark = pytest.mark.distributed
 
@@ -18,7 +18,7 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     before = shared_memory()
     both = run_ranks(everything, 2, folder)
-    return {"both": both, "folder": folder, "left": shared_memory() - before}
+    return {"both": both, "folder": folder, "left": left_since(before)}
 
 
 def distance(ours: dict, theirs: dict) -> float:

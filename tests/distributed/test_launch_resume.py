@@ -27,7 +27,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskErr
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
 from safetensors.numpy import load_file
-from shared_memory import shared_memory
+from shared_memory import left_since, shared_memory
 
 from raydistill.config.distill import ScaleConfig
 from raydistill.errors import DistillError, IncompatibleCheckpoint, InvalidValue, NonFiniteLoss
@@ -58,7 +58,7 @@ def local_ray():
         yield
     if ours:
         assert not ray.is_initialized()
-        assert shared_memory() <= before
+        assert not left_since(before)
 
 
 def run(run_dir: Path, **accident) -> Path:

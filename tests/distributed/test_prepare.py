@@ -19,7 +19,7 @@ import ray
 from PIL import Image
 from prepare_cases import ROOT, actors_after, descendants, digests, prepare, settings, sprites
 from ray.data import DataContext
-from shared_memory import shared_memory
+from shared_memory import left_since, shared_memory
 
 from raydistill.artifacts import LatentStore, Manifest
 from raydistill.errors import MissingArtifact, PrepareError
@@ -43,7 +43,7 @@ def cluster():
     with connect(num_cpus=2, object_store_mib=200):
         yield
     if ours:
-        assert shared_memory() <= before
+        assert not left_since(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 from motion_cases import TEXT, teacher
-from shared_memory import shared_memory
+from shared_memory import left_since, shared_memory
 
 from raydistill.artifacts import LatentStore
 from raydistill.config.grid import GridConfig
@@ -36,7 +36,7 @@ def cluster():
     with connect(num_cpus=2, object_store_mib=100):
         yield
     if ours:
-        assert shared_memory() <= before
+        assert not left_since(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from job_cases import job, job_here, load_job, write_latents
 from motion_cases import teacher
 from safetensors.torch import load_file
-from shared_memory import shared_memory
+from shared_memory import left_since, shared_memory
 
 from raydistill.artifacts import tree_digest
 from raydistill.config.load import run
@@ -41,7 +41,7 @@ def made(tmp_path_factory):
         said = job_here("prepare", f"output={folder}/paths", *recording(folder))
         assert "trajectories: " in said
         job_here("distill", *settings(folder, "two", "scale.num_workers=2", "engine.zero_stage=2"))
-    assert shared_memory() <= before
+    assert not left_since(before)
     return folder
 
 
