@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 import psutil
-from shared_memory import shared_memory
+from shared_memory import left_since, shared_memory
 
 from raydistill.artifacts import fingerprint
 from raydistill.latents.shards import latent_row, write_shard
@@ -38,11 +38,11 @@ def job(name, *settings, meanwhile=None):
         out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-4000:]
     for _ in range(300):  # Ray's workers are niced: on a busy machine they take their time to go
-        left = marked(mark), shared_memory() - before
-        if not any(left):
+        if not (left := marked(mark)):
             break
         time.sleep(0.1)
-    assert not any(left), left
+    assert not left, left
+    assert not left_since(before)
     return out + err
 
 
