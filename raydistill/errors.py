@@ -17,6 +17,9 @@
     + PlanMismatch      the feed delivered other samples than the plan says
   x SamplingError       a plan of jumps that no expert was trained for
   x TooFewFrames        a loss or measure needs more frames than it got
+  x ServiceError        what the server says instead of a video
+    + RequestRefused    a request that gets an answer of 4xx or 5xx; carries its status and code
+    + LeaseLost         a job that this worker no longer holds: cancelled, or taken over by another
 
 Ray ships exceptions between processes by pickle, which calls `type(error)(*error.args)` and so loses every
 error with fields; `__reduce__` here rebuilds them from their fields instead.
@@ -158,6 +161,33 @@ class SamplingError(RaydistillError):
 
 class TooFewFrames(RaydistillError):
     """A loss or measure needs more frames than it got."""
+
+
+class ServiceError(RaydistillError):
+    """What the server says instead of a video."""
+
+
+@dataclass(eq=False)
+class RequestRefused(ServiceError):
+    """A request that gets an answer of 4xx or 5xx."""
+
+    status: int
+    code: str
+    """Stable, for programs."""
+    message: str
+    """What to do, for people."""
+    param: str | None = None
+    """The field that is wrong."""
+    retry_after_s: float | None = None
+    """When it may be tried again; None: never as it is."""
+
+    def __str__(self):
+        """Code and message."""
+        return f"{self.status} {self.code}: {self.message}"
+
+
+class LeaseLost(ServiceError):
+    """A job that this worker no longer holds: it was cancelled, or taken over by another."""
 
 
 @contextmanager

@@ -261,17 +261,41 @@ def sample(
     """
     _require_inputs(fields, plan, noise, noise_at)
     x = noise
-    inputs = network_dtype or x.dtype
     for i, one in enumerate(plan.jumps):
-        stops = (one.t, one.s, plan.landing(one))
-        t, s, land = (torch.full((len(x),), u, dtype=torch.float64, device=x.device) for u in stops)
-        prediction = fields[one.expert](x.to(inputs), t, text.to(inputs)).to(x.dtype)
+        x, x0 = take_step(
+            fields, schedule, plan, i, x, text, noise_at=noise_at, network_dtype=network_dtype
+        )
         if on_step is not None:
-            on_step(i, one, schedule.to_x0(prediction, x, t))
-        x = jump(schedule, prediction, x, t, land)
-        if noise_at is not None and plan.landing(one) < one.s:
-            x = diffuse(x, noise_at(i + 1, tuple(x.shape)).to(x), s, land, schedule)
+            on_step(i, one, x0)
     return x
+
+
+@torch.no_grad()
+def take_step(
+    fields: Mapping[str, VelocityField],
+    schedule: Schedule,
+    plan: SamplingPlan,
+    i: int,
+    x: Latents,
+    text: Text,
+    *,
+    noise_at: NoiseAt | None = None,
+    network_dtype: torch.dtype | None = None,
+) -> tuple[Latents, Latents]:
+    """Take jump i of the plan from the state x at its t: the state at its s, and the prediction of clean data.
+
+    `sample` is nothing but these in turn, so a sample that stopped after jump i - 1 goes on from its state and
+    ends in the same bits. The re-noising path needs `noise_at` (`keyed_noise`).
+    """
+    one = plan.jumps[i]
+    stops = (one.t, one.s, plan.landing(one))
+    t, s, land = (torch.full((len(x),), u, dtype=torch.float64, device=x.device) for u in stops)
+    inputs = network_dtype or x.dtype
+    prediction = fields[one.expert](x.to(inputs), t, text.to(inputs)).to(x.dtype)
+    after = jump(schedule, prediction, x, t, land)
+    if noise_at is not None and plan.landing(one) < one.s:
+        after = diffuse(after, noise_at(i + 1, tuple(x.shape)).to(x), s, land, schedule)
+    return after, schedule.to_x0(prediction, x, t)
 
 
 def _require_inputs(

@@ -60,6 +60,11 @@ def load(schema: type[Schema], path: str | Path) -> Schema:
     return from_command_line(schema, ["--config", str(path)])[0]
 
 
+def from_mapping(schema: type[Schema], given: Mapping[str, Any], where: str) -> Schema:
+    """Read settings that come as a mapping; errors say `where` it was."""
+    return _build(schema, [(where, dict(given))])
+
+
 def dump(config: Any, path: str | Path) -> None:
     """Write the settings in full, as YAML that `--config` takes as it is: `load` returns an equal object."""
     # OmegaConf's own writer: it quotes text that its reader, unlike plain YAML's, takes for a number (1e3).

@@ -1,0 +1,67 @@
+"""What `jobs/export.py` takes. Defaults are the small world's run on two CPU cores."""
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from omegaconf import MISSING
+
+from raydistill.config.checks import at_least
+from raydistill.errors import InvalidValue
+
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A student, its codec and, where it needs one, its teacher, as one folder that a server loads."""
+
+    student: str = MISSING
+    """Folder of the student, as jobs/distill.py left it: <output>/student."""
+    codec: str = "raydistill/world/weights/codec"
+    """Folder of the codec that the student was distilled with."""
+    teacher: str = ""
+    """Folder of the student's teacher: copied if a plan with its tail or a motion student needs it. Without,
+    such plans are left out."""
+    output: str = MISSING
+    """Folder to write. The bundle that is there already is left as it is; another is never overwritten."""
+    name: str = ""
+    """Under which it is served: letters, digits, '.', '_', '-', at most 64. Empty: the name of the output
+    folder, or of the folder above it if that is called bundle."""
+    fps: int = 8
+    """Frames per second of its videos."""
+    sizes: tuple[tuple[int, int, int], ...] = ()
+    """Further (frames, height, width) that requests may ask for, in pixels. The student was trained on one
+    size: look at what it makes of another before you list it."""
+    scores: str = ""
+    """Output folder of jobs/evaluate.py: what it measured of this student is written on the bundle's card."""
+    default_plan: str = ""
+    """Plan of a request that names none. Empty: 4 if there is such a plan, else the one of most steps."""
+
+    def __post_init__(self):
+        """Check what can be checked without reading files."""
+        at_least("fps", self.fps, 1)
+        for size in self.sizes:
+            require_size(size)
+        if self.name:
+            require_name(self.name)
+
+    @property
+    def bundle_name(self) -> str:
+        """Name under which it is served."""
+        folder = PurePath(self.output)
+        return self.name or (folder.parent.name if folder.name == "bundle" else folder.name)
+
+
+def require_name(name: str) -> None:
+    """Raise InvalidValue unless requests, file names and addresses can hold the name of a bundle."""
+    if not re.fullmatch(NAME, name):
+        raise InvalidValue(
+            "name", name, "letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
+        )
+
+
+def require_size(size: tuple[int, int, int]) -> None:
+    """Raise InvalidValue unless these are positive frames, height and width."""
+    if len(size) != 3 or min(size) < 1:  # nobody counts what is nested in a setting
+        raise InvalidValue("sizes", list(size), "frames, height and width, each at least 1")

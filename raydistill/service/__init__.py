@@ -1,0 +1,1 @@
+"""From a distilled student to videos over HTTP: bundles, jobs, samplers. Knows no cluster."""

@@ -1,0 +1,314 @@
+"""The HTTP interface: /v1/videos as the open servers speak it, over the job store.
+
+Nothing here computes: a request is checked, written, read. So any replica answers any request.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.responses import FileResponse, Response
+
+from raydistill.config.serve import ServeConfig
+from raydistill.errors import RequestRefused
+from raydistill.service import streams
+from raydistill.service.catalog import Catalog
+from raydistill.service.content import content
+from raydistill.service.files import Files
+from raydistill.service.guard import Guard
+from raydistill.service.http import Json, Origins, RequestIds, install_handlers
+from raydistill.service.keys import OPEN, ApiKeys, Caller, Failures
+from raydistill.service.metrics import exposition
+from raydistill.service.requests import VideoRequest, parse, read_form, read_json, refuse, resolve
+from raydistill.service.resource import resource
+from raydistill.service.store import JobStore
+from raydistill.service.tables import Job, open_database
+
+PAGE = Path(__file__).parent / "page"
+PAGE_FILES = {"": "index.html", "page.js": "page.js", "page.css": "page.css"}
+ID = re.compile(r"video_[0-9a-f]{32}")
+POLL_MS = (250, 5000)
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+@dataclass
+class Ingress:
+    """What the routes use; the catalog may be exchanged while they run."""
+
+    config: ServeConfig
+    catalog: Catalog
+    store: JobStore
+    files: Files
+
+    @staticmethod
+    def open(config: ServeConfig, store: str, catalog: Catalog) -> "Ingress":
+        """Open the store (its URL resolved) and the artefacts."""
+        jobs = JobStore(open_database(store), config.limits, config.keep)
+        return Ingress(config, catalog, jobs, Files(config.artifacts))
+
+
+def build_api(ingress: Ingress) -> FastAPI:
+    """Make the application."""
+    app = FastAPI(title="raydistill", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    install_handlers(app)
+    app.add_middleware(Origins, auth=ingress.config.auth)
+    app.add_middleware(Guard, limits=ingress.config.limits)
+    app.add_middleware(RequestIds)
+    routes = Routes(ingress)
+    routes.install(app)
+    return app
+
+
+def body_schema() -> dict[str, Any]:
+    """The request's body in OpenAPI, in both forms."""
+    schema = {"schema": VideoRequest.model_json_schema()}
+    return {"requestBody": {"required": True, "content": {"application/json": schema, FORMS[0]: schema}}}
+
+
+class Routes:
+    """The routes' functions; each says in a line what it answers."""
+
+    def __init__(self, ingress: Ingress):
+        """Over one ingress."""
+        self.on = ingress
+        self.keys = ApiKeys(ingress.store.database)
+        self.failures = Failures(ingress.config.auth.failures_per_minute)
+        self.slots = streams.Slots(ingress.config.limits.streams)
+
+    def install(self, app: FastAPI) -> None:
+        """Give every path its function."""
+        body = body_schema()
+        videos, one = "/v1/videos", "/v1/videos/{video_id}"
+        app.post(videos, openapi_extra=body)(self.create)
+        app.post(f"{videos}/sync", openapi_extra=body)(self.sync)
+        app.get(videos)(self.list)
+        app.get(one)(self.get)
+        app.delete(one)(self.delete)
+        app.api_route(f"{one}/content", methods=["GET", "HEAD"])(self.content)
+        app.get(f"{one}/events")(self.events)
+        app.post(f"{one}/cancel")(self.cancel)
+        app.post(f"{one}/remix", openapi_extra=body)(self.remix)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{model_id}")(self.model)
+        app.get("/v1/admin/workers")(self.workers)
+        app.get("/health")(self.health)
+        app.get("/ready")(self.ready)
+        app.get("/metrics")(self.metrics)
+        app.get("/", include_in_schema=False)(self.index)
+        app.get("/{name}", include_in_schema=False)(self.page)
+
+    def caller(self, request: Request) -> Caller:
+        """Who asks. Raises RequestRefused: 401, or 429 after too many wrong keys."""
+        if not self.on.config.auth.required:
+            return OPEN
+        address = request.client.host if request.client else "?"
+        self.failures.require_few(address)
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        caller = self.keys.find(key.strip()) if kind.lower() == "bearer" else None
+        if caller is None:
+            self.failures.add(address)
+            message = "give a valid API key: Authorization: Bearer KEY"
+            raise RequestRefused(401, "invalid_api_key", message)
+        return caller
+
+    async def _allowed(self, request: Request, scope: str) -> Caller:
+        caller = await run_in_threadpool(self.caller, request)
+        caller.require(scope)
+        return caller
+
+    async def _values(self, request: Request) -> dict[str, Any]:
+        """The body's fields, of JSON or a form."""
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind not in FORMS:
+            if kind not in ("application/json", ""):
+                raise RequestRefused(415, "unsupported_media_type", f"send JSON or {FORMS[0]}")
+            return read_json(await request.body())
+        try:
+            form = await request.form(max_files=1, max_fields=100)
+        except (MultiPartException, ValueError) as error:
+            raise refuse(f"the form cannot be read: {str(error)[:200]}", code="invalid_form") from error
+        pairs = [(k, "a file" if isinstance(v, UploadFile) else v) for k, v in form.multi_items()]
+        return read_form(pairs)
+
+    async def _create(self, request: Request, base: Job | None = None) -> tuple[Job, Caller]:
+        caller = await self._allowed(request, "generate")
+        values = await self._values(request)
+        if base is not None:
+            values = {**_inherited(base), **values}
+        parsed = parse(values, self.on.config.limits)
+        key = request.headers.get("idempotency-key")
+        if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
+            raise refuse("an Idempotency-Key has 1 to 255 printable characters", "Idempotency-Key")
+        again = request.headers.get("x-stainless-retry-count", "0")
+        new = resolve(
+            parsed,
+            self.on.catalog,
+            self.on.config.limits,
+            caller.tenant,
+            remixed_from=base.id if base else None,
+        )
+        is_retry = again.isdecimal() and int(again) > 0
+        job = await run_in_threadpool(
+            self.on.store.create, new, quota=caller.quota, key=key, is_retry=is_retry
+        )
+        return job, caller
+
+    def _shown(self, request: Request, job: Job) -> Response:
+        extended = request.headers.get("x-raydistill-extended-status") == "1"
+        ahead = None if job.ended else self.on.store.ahead(job)
+        headers = {"cache-control": "no-store"}
+        if ahead is not None:
+            headers["openai-poll-after-ms"] = str(min(max(math.ceil(ahead[1] * 1000), POLL_MS[0]), POLL_MS[1]))
+        return Json(resource(job, ahead=ahead, extended=extended), headers=headers)
+
+    async def _find(self, request: Request, video_id: str, scope: str = "generate") -> tuple[Job, Caller]:
+        caller = await self._allowed(request, scope)
+        return await run_in_threadpool(self.on.store.get, _id(video_id), caller.mine), caller
+
+    async def create(self, request: Request) -> Response:
+        """Accept a video into the queue."""
+        job, _ = await self._create(request)
+        return await run_in_threadpool(self._shown, request, job)
+
+    async def remix(self, request: Request, video_id: str) -> Response:
+        """Make a new video with another prompt, and whatever else is given, from the same noise."""
+        base, _ = await self._find(request, video_id)
+        job, _ = await self._create(request, base)
+        return await run_in_threadpool(self._shown, request, job)
+
+    async def sync(self, request: Request) -> Response:
+        """Make a video and answer with its bytes."""
+        with self.slots.one():
+            job, caller = await self._create(request)
+            timeout_s = self.on.config.limits.sync_timeout_s
+            job = await streams.ended(self.on.store, job, caller.mine, timeout_s, request)
+        if job.state != "completed":
+            raise RequestRefused(500 if job.state == "failed" else 409, job.error_code or "", job.error_message or "")
+        answer = await run_in_threadpool(content, job, "video", request, self.on.files, redirect=False)
+        answer.headers.update(streams.timing_headers(job))
+        return answer
+
+    async def list(self, request: Request) -> Response:
+        """List the caller's videos."""
+        caller = await self._allowed(request, "generate")
+        query = request.query_params
+        limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
+        if not limit.isdecimal() or not limit.isascii() or int(limit) > 100:
+            raise refuse("limit is a number from 0 to 100", "limit")
+        if order not in ("asc", "desc"):
+            raise refuse("order is asc or desc", "order")
+        after = _id(after) if after else None
+        jobs, more = await run_in_threadpool(
+            self.on.store.page, caller.mine, int(limit), cast(Any, order), after
+        )
+        extended = request.headers.get("x-raydistill-extended-status") == "1"
+        data = [resource(job, extended=extended) for job in jobs]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return Json({"object": "list", "data": data, **ends, "has_more": more})
+
+    async def get(self, request: Request, video_id: str) -> Response:
+        """Show a video."""
+        job, _ = await self._find(request, video_id)
+        return await run_in_threadpool(self._shown, request, job)
+
+    async def delete(self, request: Request, video_id: str) -> Response:
+        """Remove a video; work on it is stopped at the next step."""
+        caller = await self._allowed(request, "generate")
+        job = await run_in_threadpool(self.on.store.delete, _id(video_id), caller.mine)
+        for folder in ("videos", "work"):  # what is written after this, the janitor finds
+            await run_in_threadpool(self.on.files.remove, f"{folder}/{job.id}")
+        return Json({"id": job.id, "object": "video.deleted", "deleted": True})
+
+    async def cancel(self, request: Request, video_id: str) -> Response:
+        """Stop work on a video at the next step."""
+        caller = await self._allowed(request, "generate")
+        job = await run_in_threadpool(self.on.store.cancel, _id(video_id), caller.mine)
+        return await run_in_threadpool(self._shown, request, job)
+
+    async def content(self, request: Request, video_id: str, variant: str = "video") -> Response:
+        """Answer with the video's bytes, its thumbnail or its spritesheet."""
+        job, _ = await self._find(request, video_id)
+        return await run_in_threadpool(
+            content, job, variant, request, self.on.files, redirect=self.on.config.redirect
+        )
+
+    async def events(self, request: Request, video_id: str) -> Response:
+        """Follow a video: server-sent events, replayed after Last-Event-ID."""
+        caller = await self._allowed(request, "generate")
+        after = request.headers.get("last-event-id") or request.query_params.get("after", "0")
+        if not re.fullmatch(r"\d{1,18}", after, re.ASCII):
+            raise refuse("Last-Event-ID is the id of an event", "Last-Event-ID")
+        extended = request.headers.get("x-raydistill-extended-status") == "1"
+        return await streams.events(
+            self.on.store,
+            _id(video_id),
+            caller.mine,
+            int(after),
+            self.slots,
+            lambda job: resource(job, extended=extended),
+        )
+
+    async def models(self, request: Request) -> Response:
+        """List the models, with what may be asked of each."""
+        await self._allowed(request, "generate")
+        return Json({"object": "list", "data": self.on.catalog.listing()})
+
+    async def model(self, request: Request, model_id: str) -> Response:
+        """Show a model."""
+        await self._allowed(request, "generate")
+        return Json(self.on.catalog.shown(self.on.catalog.model(model_id)))
+
+    async def workers(self, request: Request) -> Response:
+        """List the sampler replicas that were heard of."""
+        await self._allowed(request, "admin")
+        workers = await run_in_threadpool(self.on.store.workers)
+        data = [{"worker_id": worker.pop("id"), **worker} for worker in map(dict, workers)]
+        return Json({"object": "list", "data": data})
+
+    async def health(self) -> Response:
+        """Whether this process answers."""
+        return Json({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Whether a video would be accepted and made: the store answers, and there is something to serve."""
+        load = await run_in_threadpool(self.on.store.load)
+        replicas = len(await run_in_threadpool(self.on.store.workers))
+        full = load.queued + load.running >= self.on.config.limits.queued_jobs
+        about = {"status": "queue_full" if full else "ready", "queued": load.queued, "replicas": replicas}
+        return Json({**about, "models": list(self.on.catalog.models)}, 503 if full else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics."""
+        await self._allowed(request, "admin")
+        text = await run_in_threadpool(exposition, self.on.store)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def index(self) -> Response:
+        """The web page."""
+        return await self.page("")
+
+    async def page(self, name: str) -> Response:
+        """A part of the web page."""
+        if name not in PAGE_FILES:
+            raise RequestRefused(404, "not_found", "there is nothing at this address")
+        policy = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'"
+        return FileResponse(PAGE / PAGE_FILES[name], headers={"content-security-policy": policy})
+
+
+def _id(video_id: str) -> str:
+    """Refuse what cannot be an id before it reaches a database. Raises RequestRefused (404)."""
+    if not ID.fullmatch(video_id):
+        raise RequestRefused(404, "video_not_found", f"no video {video_id[:80]!r}", "video_id")
+    return video_id
+
+
+def _inherited(base: Job) -> dict[str, Any]:
+    """What a remix takes over: the same noise, steps and size, unless it says otherwise."""
+    kept = {name: base.request[name] for name in ("plan", "seed", "width", "height")}
+    return {"model": base.model, **kept, "num_frames": base.request["frames"]}

@@ -1,0 +1,294 @@
+"""Student, codec and, where a plan needs it, teacher -> one folder that a server loads; see `bundle.py`."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool3d
+
+from raydistill.artifacts import commit_file, tree_digest, tree_files
+from raydistill.config.export import require_name, require_size
+from raydistill.errors import (
+    ArtifactError,
+    InvalidValue,
+    MissingValue,
+    SamplingError,
+    StaleArtifact,
+)
+from raydistill.models.codec import FrameCodec, WanCodec, load_codec
+from raydistill.models.teacher import read_teacher_config, require_fit
+from raydistill.models.text import WordVectors
+from raydistill.sampler import SamplingPlan, keyed_noise, sample
+from raydistill.service.bundle import (
+    CODEC,
+    STUDENT,
+    TEACHER,
+    BundleCard,
+    PlanCard,
+    ShapeCard,
+    in_order,
+    read_bundle,
+    verify_bundle,
+    write_bundle_card,
+)
+from raydistill.service.scores import read_scores
+from raydistill.student import Card, Student, load_student, read_card
+
+DOWN = 8
+"""Pixels per latent pixel, of every codec."""
+SEED = 20240
+CAPTIONS = (
+    "a red square moves slowly left over a striped background",
+    "a blue circle moves quickly up over a plain background",
+    "a green triangle moves slowly right over a shaded background",
+    "a yellow square moves quickly down over a plain background",
+    "a dog runs along a beach at sunset",
+    "a blue triangle moves slowly down over a striped background",
+    "snow falls on a dark forest",
+    "a green circle moves quickly left over a shaded background",
+)
+"""Of the clips that previews are fitted to."""
+Codec = FrameCodec | WanCodec
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What is in the folder now."""
+
+    folder: Path
+    card: BundleCard
+    left_out: tuple[str, ...]
+    """What is not in it, and why."""
+    written: bool
+    """False: it was there already."""
+
+
+def export_bundle(
+    student: str | Path,
+    codec: str | Path,
+    output: str | Path,
+    *,
+    name: str,
+    fps: int,
+    teacher: str | Path | None = None,
+    sizes: Sequence[tuple[int, int, int]] = (),
+    scores: str | Path | None = None,
+    default_plan: str | None = None,
+) -> Exported:
+    """Check everything, copy it beside `output`, rename; the same bundle there already is left as it is.
+
+    sizes: further (frames, height, width) in pixels. scores: output folder of jobs/evaluate.py. Plans that
+    need a teacher are left out without one.
+    Raises MissingValue for a student that is nothing without its teacher, InvalidValue for a setting that
+    does not fit and for an `output` that holds something else, and an ArtifactError for what cannot be read,
+    was changed, or belongs to another student.
+    """
+    require_name(name)
+    stored, all_plans = read_card(Path(student))
+    plans = _kept(stored, all_plans, teacher)
+    loaded, decoder = load_student(student, teacher), load_codec(codec)
+    loaded.require_codec(codec)
+    parts = {STUDENT: Path(student), CODEC: Path(codec)}
+    if teacher and (stored.kind == "motion" or any(_needs_teacher(plan) for plan in plans.values())):
+        parts[TEACHER] = Path(teacher)
+    files = {part: tree_files(folder) for part, folder in parts.items()}
+    sources = {**stored.sources, "student": tree_digest(student)}
+    cards = in_order({key: _plan_card(plan, stored) for key, plan in plans.items()})
+    card = BundleCard(
+        name=name,
+        kind=stored.kind,
+        plans=cards,
+        default_plan=_default(default_plan, plans),
+        shapes=_shapes(stored, decoder, sizes, parts),
+        fps=fps,
+        shift=stored.grid.shift,
+        boundary=stored.boundary,
+        guidance_scale=stored.guidance_scale,
+        text=WordVectors(*stored.text_shape).identity,
+        codec_kind=type(decoder.autoencoder).__name__,
+        sources=sources,
+        scores=read_scores(scores, sources, cards, stored.guidance_scale) if scores else {},
+        files={f"{part}/{key}": digest for part, held in files.items() for key, digest in held.items()},
+    )
+    left_out = _left_out(all_plans, plans, teacher, parts)
+    if (there := _same_there(Path(output), card)) is not None:
+        return Exported(Path(output), there, left_out, written=False)
+    card = replace(card, preview=fit_preview(loaded, decoder, card))
+    _write(parts, files, card, Path(output))
+    return Exported(Path(output), card, left_out, written=True)
+
+
+def fit_preview(student: Student, codec: Codec, card: BundleCard) -> dict[str, Any]:
+    """Fit RGB in [-1, 1] as a linear map of a latent pixel, to clips of the default plan: see `BundleCard`.
+
+    Frames are averaged over each latent pixel, and over the frames that share a latent frame.
+    Raises StaleArtifact if the codec's frames have another size than the card says, SamplingError if the
+    student's latents are not finite.
+    """
+    plan, shape = student.plan(card.default_plan), card.shapes[0]
+    text = WordVectors(*student.card.text_shape)(CAPTIONS)
+    inputs, targets = list[Tensor](), list[Tensor]()
+    for i in range(len(CAPTIONS)):  # one by one: frames of a large student are large
+        noise_at = keyed_noise(SEED, torch.tensor([i]))
+        noise = noise_at(0, (1, *shape.latent))
+        latents = sample(student.fields, student.schedule, plan, noise, text[i : i + 1], noise_at=noise_at)
+        if not latents.isfinite().all():
+            raise SamplingError(f"plan '{card.default_plan}' makes latents that are not finite: distil again")
+        with torch.inference_mode():
+            frames = codec.decode(latents)
+        if tuple(frames.shape[2:]) != (shape.frames, shape.height, shape.width):
+            raise StaleArtifact(f"the codec makes frames of {tuple(frames.shape[2:])}, not of {shape}")
+        inputs.append(latents[0].flatten(1).T.double())
+        targets.append(frames_at_latents(frames, shape.latent)[0].flatten(1).T.double())
+    x, y = torch.cat(inputs), torch.cat(targets)
+    solved = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], dim=1), y, driver="gelsd").solution
+    wrong = (x @ solved[:-1] + solved[-1] - y).square().sum()
+    spread = (y - y.mean(dim=0)).square().sum()
+    return {
+        "matrix": [[round(v, 6) for v in row] for row in solved[:-1].tolist()],
+        "bias": [round(v, 6) for v in solved[-1].tolist()],
+        "r2": round(float(1 - wrong / spread), 4) if spread > 0 else 0.0,
+    }
+
+
+def frames_at_latents(frames: Tensor, latent: Sequence[int]) -> Tensor:
+    """Average frames (b, 3, F, H, W) to the latents' (b, 3, f, h, w); the first latent frame is one frame."""
+    f, h, w = latent[1:]
+    first = adaptive_avg_pool3d(frames[:, :, :1], (1, h, w))
+    return (
+        first if f == 1 else torch.cat([first, adaptive_avg_pool3d(frames[:, :, 1:], (f - 1, h, w))], dim=2)
+    )
+
+
+def _needs_teacher(plan: SamplingPlan) -> bool:
+    return any(one.expert == TEACHER for one in plan.jumps)
+
+
+def _kept(
+    card: Card, plans: Mapping[str, SamplingPlan], teacher: str | Path | None
+) -> dict[str, SamplingPlan]:
+    """Plans that can run. Raises MissingValue if there are none without a teacher."""
+    if teacher:
+        return dict(plans)
+    if card.kind == "motion":
+        raise MissingValue("teacher", "a motion student is a LoRA on its teacher: name the teacher's folder")
+    kept = {name: plan for name, plan in plans.items() if not _needs_teacher(plan)}
+    if not kept:
+        raise MissingValue("teacher", "every plan of this student needs it: name the teacher's folder")
+    return kept
+
+
+def _left_out(
+    plans: Mapping[str, SamplingPlan],
+    kept: Mapping[str, SamplingPlan],
+    teacher: str | Path | None,
+    parts: Mapping[str, Path],
+) -> tuple[str, ...]:
+    why = "it needs the teacher, and none was given: teacher=FOLDER"
+    unused = [f"teacher {teacher}: no plan needs it"] if teacher and TEACHER not in parts else []
+    return (*(f"plan {name}: {why}" for name in plans if name not in kept), *unused)
+
+
+def _plan_card(plan: SamplingPlan, card: Card) -> PlanCard:
+    return PlanCard(
+        **plan.to_dict(),
+        num_steps=len(plan.jumps),
+        passes=plan.passes(tail_guided=card.guidance_scale != 1),
+        experts=tuple(dict.fromkeys(one.expert for one in plan.jumps)),
+    )
+
+
+def _default(asked: str | None, plans: Mapping[str, SamplingPlan]) -> str:
+    """Plan for requests that name none. Raises InvalidValue for one that is not there."""
+    if asked and asked not in plans:
+        known = f"one of {', '.join(plans)}; those with the teacher's tail need teacher=FOLDER"
+        raise InvalidValue("default_plan", asked, known)
+    own = [name for name in plans if name.isdecimal()] or list(plans)
+    return asked or ("4" if "4" in plans else max(own, key=lambda name: len(plans[name].jumps)))
+
+
+def _shapes(
+    card: Card, codec: Codec, sizes: Sequence[tuple[int, int, int]], parts: Mapping[str, Path]
+) -> tuple[ShapeCard, ...]:
+    """Size of the training, then the sizes asked for. Raises InvalidValue for one that does not fit."""
+    channels, f, h, w = card.latent_shape
+    first = ShapeCard(frames=codec.num_frames(f), height=DOWN * h, width=DOWN * w, latent=(channels, f, h, w))
+    network = parts[TEACHER] if card.kind == "motion" else parts[STUDENT] / "semantic"
+    more = [_shape(size, card, codec, network) for size in sizes]
+    return tuple(dict.fromkeys([first, *more]))
+
+
+def _shape(size: tuple[int, int, int], card: Card, codec: Codec, network: Path) -> ShapeCard:
+    """Compare a size with codec and network. Raises InvalidValue."""
+    require_size(size)
+    frames, height, width = size
+    f = next((n for n in range(1, frames + 1) if codec.num_frames(n) == frames), None)
+    if f is None:
+        less = max(m for m in map(codec.num_frames, range(1, frames + 1)) if m < frames)
+        raise InvalidValue("sizes", list(size), f"the codec makes {less} frames, not {frames}")
+    if height % DOWN or width % DOWN:
+        raise InvalidValue("sizes", list(size), f"height and width in multiples of {DOWN}")
+    latent = (card.latent_shape[0], f, height // DOWN, width // DOWN)
+    try:
+        require_fit(network, latent, card.text_shape)
+    except StaleArtifact as unfit:
+        fit = str(unfit).rpartition(":")[0]  # what follows is advice for another job
+        raise InvalidValue("sizes", list(size), fit) from unfit
+    net = read_teacher_config(network)
+    places, patch = net.get("rope_max_seq_len"), net.get("patch_size", (1, 1, 1))
+    if places and any(n // step > places for n, step in zip(latent[1:], patch, strict=True)):
+        raise InvalidValue("sizes", list(size), f"the network has {places} positions along each axis")
+    return ShapeCard(frames=frames, height=height, width=width, latent=latent)
+
+
+def _same_there(output: Path, card: BundleCard) -> BundleCard | None:
+    """Return the bundle in the folder if it is of the same making; None where there is nothing.
+
+    Raises InvalidValue if there is anything else, CorruptArtifact if it is damaged.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    do = "delete it, or take another output"
+    try:
+        there = read_bundle(output)
+    except ArtifactError as other:
+        raise InvalidValue("output", str(output), f"something else is there ({other}): {do}") from other
+    # A preview follows from the rest, but for what another machine rounds otherwise.
+    if replace(there, preview=None).digest != card.digest:
+        raise InvalidValue("output", str(output), f"another bundle is there, {there.label}: {do}")
+    return verify_bundle(output)
+
+
+def _write(
+    parts: Mapping[str, Path], files: Mapping[str, Mapping[str, str]], card: BundleCard, output: Path
+) -> None:
+    """Copy into a folder beside, the card last, and rename: `output` is a whole bundle or is not there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for left in output.parent.glob(f".{output.name}.*.part"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        for part, folder in parts.items():
+            for name in files[part]:
+                copy_durably(folder / name, beside / part / name)
+        write_bundle_card(beside, card)
+        verify_bundle(beside)  # files that changed meanwhile, and a disk that lies
+        commit_file(beside, output)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file's bytes and have the disk keep them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as theirs, open(target, "wb") as ours:
+        shutil.copyfileobj(theirs, ours, 1 << 20)
+        ours.flush()
+        os.fsync(ours.fileno())

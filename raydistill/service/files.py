@@ -1,0 +1,82 @@
+"""Artefacts by name, in a local folder or any storage that fsspec knows (s3://...)."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from raydistill.artifacts import write_atomically
+from raydistill.errors import ArtifactError, CorruptArtifact, InvalidValue
+
+CHUNK = 1 << 18
+
+
+class Files:
+    """Whole files, written once under names that the server chooses, below one root."""
+
+    def __init__(self, url: str):
+        """Open a folder or an fsspec URL. Raises InvalidValue for a kind of storage that is not installed."""
+        try:
+            self.system, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise InvalidValue("artifacts", url, f"a folder or fsspec URL: {error}") from error
+        self.root = root.rstrip("/")
+        self.is_local = isinstance(self.system, fsspec.implementations.local.LocalFileSystem)
+
+    def _path(self, name: str) -> str:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+            raise ArtifactError(f"'{name}' is no name below the artefacts' root")
+        return f"{self.root}/{name}"
+
+    def write(self, name: str, data: bytes) -> dict[str, Any]:
+        """Write a file whole or not at all; returns {"file", "bytes", "sha256"}."""
+        path = self._path(name)
+        if self.is_local:
+            write_atomically(path, data)
+        else:  # an object appears when its last byte is there
+            self.system.pipe_file(path, data)
+        return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def read(self, entry: dict[str, Any]) -> bytes:
+        """Read a file that `write` made. Raises CorruptArtifact; OSError for storage that fails."""
+        data = self.system.cat_file(self._path(entry["file"]))
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise CorruptArtifact(f"{entry['file']} differs from what was written (sha256)")
+        return data
+
+    def chunks(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        """Bytes from start to end (exclusive), in pieces."""
+        path = self._path(name)
+        if self.is_local:
+            with open(path, "rb") as stream:
+                stream.seek(start)
+                while start < end and (piece := stream.read(min(CHUNK, end - start))):
+                    start += len(piece)
+                    yield piece
+            return
+        for at in range(start, end, 16 * CHUNK):
+            yield self.system.cat_file(path, start=at, end=min(end, at + 16 * CHUNK))
+
+    def signed(self, name: str, seconds: int = 3600) -> str:
+        """Return a URL by which a client fetches the file itself. Raises ArtifactError where there is none."""
+        try:
+            return self.system.sign(self._path(name), expiration=seconds)
+        except NotImplementedError as error:
+            raise ArtifactError("this storage signs no URLs: set redirect: false") from error
+
+    def remove(self, folder: str) -> None:
+        """Remove a folder and all in it, if it is there."""
+        path = self._path(folder)
+        if self.system.exists(path):
+            self.system.rm(path, recursive=True)
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of what lies directly in a folder."""
+        path = self._path(folder)
+        self.system.invalidate_cache(path)
+        if not self.system.exists(path):
+            return []
+        return [Path(one).name for one in self.system.ls(path, detail=False)]

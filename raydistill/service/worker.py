@@ -1,0 +1,142 @@
+"""A sampler replica: pulls jobs stage by stage until it is told to stop.
+
+One thread per stage: while one video is denoised, the next one's text is encoded and the last one decoded.
+Nothing is pushed to a replica, so nothing waits in one that dies, and one that starts finds work at once.
+"""
+
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import sqlalchemy as sa
+import torch
+
+from raydistill.config.serve import KeepConfig, Stage, WorkerConfig
+from raydistill.errors import ArtifactError, LeaseLost, RaydistillError
+from raydistill.service.bundle import read_bundle
+from raydistill.service.engine import Engine
+from raydistill.service.files import Files
+from raydistill.service.leases import Lease, Leases
+from raydistill.service.stages import STAGES, Stages, out_of_memory
+from raydistill.service.tables import Database
+
+log = logging.getLogger(__name__)
+LONGEST_WAIT_S = 60.0
+
+
+class Worker:
+    """Threads that work on the jobs of some bundles; `start`, then `stop`."""
+
+    def __init__(
+        self,
+        database: Database,
+        files: Files,
+        config: WorkerConfig,
+        keep: KeepConfig,
+        stages: Sequence[Stage],
+    ):
+        """Nothing is loaded yet: `hold` says which bundles."""
+        self.id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.config, self.stages = config, tuple(stages)
+        self.leases = Leases(database, self.id, config)
+        self.stopping = threading.Event()
+        self.engines: dict[str, Engine] = {}
+        self._work = Stages(self.engines, self.leases, files, config, keep, self.stopping)
+        self._woken = {stage: threading.Event() for stage in self.stages}
+        self._threads = list[threading.Thread]()
+        torch.set_num_threads(config.threads)
+
+    def hold(self, bundles: Mapping[str, str]) -> None:
+        """Load what is new and let go of what is no longer listed; loaded weights stay as they are.
+
+        Raises what `Engine` raises, before anything is let go.
+        """
+        labels = {read_bundle(folder).label: folder for folder in bundles.values()}
+        new = {
+            label: Engine(folder, self.config) for label, folder in labels.items() if label not in self.engines
+        }
+        self.engines |= new
+        for label in set(self.engines) - set(labels):
+            del self.engines[label]
+        self.leases.register(os.getpid(), platform.node(), sorted(self.engines), self.stages)
+
+    def start(self) -> None:
+        """Begin to take jobs."""
+        loops = [(self._beat, ()), *((self._loop, (stage,)) for stage in self.stages)]
+        for loop, args in loops:
+            thread = threading.Thread(target=loop, args=args, daemon=True, name=f"worker-{(*args, 'beat')[0]}")
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self, timeout_s: float = 60.0) -> None:
+        """Take no more jobs; the step in hand is finished and saved, and the job given back."""
+        self.stopping.set()
+        for woken in self._woken.values():
+            woken.set()
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self.leases.leave()
+
+    def alive(self) -> bool:
+        """Whether every thread still runs."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def _beat(self) -> None:
+        while not self.stopping.wait(self.config.heartbeat_s):
+            try:
+                self.leases.heartbeat()
+            except sa.exc.SQLAlchemyError:
+                log.warning("the job store did not answer a heartbeat", exc_info=True)
+
+    def _loop(self, stage: Stage) -> None:
+        failures = 0
+        while not self.stopping.is_set():
+            try:
+                lease = self.leases.claim(stage, sorted(self.engines))
+                failures = 0
+            except sa.exc.SQLAlchemyError:
+                log.warning("the job store did not answer", exc_info=True)
+                lease, failures = None, failures + 1
+            if lease is None:
+                self._woken[stage].wait(min(LONGEST_WAIT_S, self.config.poll_s * 2**failures))
+                self._woken[stage].clear()
+            else:
+                self._do(lease)
+
+    def _do(self, lease: Lease) -> None:
+        """Work on one job, and say what became of it."""
+        try:
+            try:
+                STAGES[lease.stage](self._work, lease)
+            except (LeaseLost, sa.exc.SQLAlchemyError):
+                raise
+            except Exception as error:
+                self._failed(lease, error)
+        except LeaseLost as lost:
+            log.info("%s", lost)
+        except sa.exc.SQLAlchemyError:  # the lease runs out by itself
+            log.warning("%s: the job store did not answer", lease.job.id, exc_info=True)
+        for woken in self._woken.values():
+            woken.set()
+
+    def _failed(self, lease: Lease, error: Exception) -> None:
+        """Fail what would fail again; let another replica try what might not."""
+        log.warning("%s: %s failed: %s", lease.job.id, lease.stage, error, exc_info=error)
+        if out_of_memory(error):
+            self.leases.fail(lease, "out_of_memory", "the video did not fit into memory: ask for a smaller one")
+        elif isinstance(error, RaydistillError) and not isinstance(error, ArtifactError):
+            self.leases.fail(lease, "generation_failed", str(error))
+        else:  # storage that may be back, or nobody knows what
+            wait_s = min(LONGEST_WAIT_S, self.config.retry_after_s * 2**lease.job.strikes)
+            self.leases.release(lease, wait_s=wait_s, strike=True)
+
+
+def stages_of(names: Sequence[str]) -> tuple[Stage, ...]:
+    """Stages in the order that a video goes through them."""
+    return tuple(cast(Stage, stage) for stage in STAGES if stage in names)
