@@ -52,7 +52,9 @@ def main() -> None:
             with disk_full_explained(output, ServiceError):
                 results = write_run(config, learned)
                 dump(config, output / "config.yaml")
-            Console().print(rich_table(results))
+            terminal = Console()
+            # A file has room for the whole table.
+            terminal.print(rich_table(results), width=None if terminal.is_terminal else 200)
             print(f"{'report' if learned.finished else 'unfinished, report'}: {output / 'report.md'}")
     if stopped:
         raise SystemExit(130)

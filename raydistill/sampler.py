@@ -262,9 +262,7 @@ def sample(
     _require_inputs(fields, plan, noise, noise_at)
     x = noise
     for i, one in enumerate(plan.jumps):
-        x, x0 = take_step(
-            fields, schedule, plan, i, x, text, noise_at=noise_at, network_dtype=network_dtype
-        )
+        x, x0 = take_step(fields, schedule, plan, i, x, text, noise_at=noise_at, network_dtype=network_dtype)
         if on_step is not None:
             on_step(i, one, x0)
     return x

@@ -12,7 +12,7 @@ from typing import Any, cast
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
 from raydistill.config.serve import ServeConfig
@@ -35,6 +35,8 @@ PAGE_FILES = {"": "index.html", "page.js": "page.js", "page.css": "page.css"}
 ID = re.compile(r"video_[0-9a-f]{32}")
 POLL_MS = (250, 5000)
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+A_FILE = ("a file",)
+"""Stands for one that was sent in a form: no field of text or numbers takes it."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Ingress:
 
 def build_api(ingress: Ingress) -> FastAPI:
     """Make the application."""
-    app = FastAPI(title="raydistill", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(title="raydistill", docs_url=None, redoc_url=None, redirect_slashes=False)
     install_handlers(app)
     app.add_middleware(Origins, auth=ingress.config.auth)
     app.add_middleware(Guard, limits=ingress.config.limits)
@@ -90,7 +92,8 @@ class Routes:
         app.get(videos)(self.list)
         app.get(one)(self.get)
         app.delete(one)(self.delete)
-        app.api_route(f"{one}/content", methods=["GET", "HEAD"])(self.content)
+        app.get(f"{one}/content")(self.content)
+        app.head(f"{one}/content", include_in_schema=False)(self.content)
         app.get(f"{one}/events")(self.events)
         app.post(f"{one}/cancel")(self.cancel)
         app.post(f"{one}/remix", openapi_extra=body)(self.remix)
@@ -131,17 +134,15 @@ class Routes:
             return read_json(await request.body())
         try:
             form = await request.form(max_files=1, max_fields=100)
-        except (MultiPartException, ValueError) as error:
-            raise refuse(f"the form cannot be read: {str(error)[:200]}", code="invalid_form") from error
-        pairs = [(k, "a file" if isinstance(v, UploadFile) else v) for k, v in form.multi_items()]
-        return read_form(pairs)
+        except (HTTPException, ValueError) as error:
+            why = str(getattr(error, "detail", error))[:200]
+            raise refuse(f"the form cannot be read: {why}", code="invalid_form") from error
+        return read_form((k, A_FILE if isinstance(v, UploadFile) else v) for k, v in form.multi_items())
 
     async def _create(self, request: Request, base: Job | None = None) -> tuple[Job, Caller]:
         caller = await self._allowed(request, "generate")
         values = await self._values(request)
-        if base is not None:
-            values = {**_inherited(base), **values}
-        parsed = parse(values, self.on.config.limits)
+        parsed = parse(values, self.on.config.limits, _inherited(base) if base else {})
         key = request.headers.get("idempotency-key")
         if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
             raise refuse("an Idempotency-Key has 1 to 255 printable characters", "Idempotency-Key")
@@ -153,7 +154,7 @@ class Routes:
             caller.tenant,
             remixed_from=base.id if base else None,
         )
-        is_retry = again.isdecimal() and int(again) > 0
+        is_retry = re.fullmatch(r"0*[1-9][0-9]*", again) is not None
         job = await run_in_threadpool(
             self.on.store.create, new, quota=caller.quota, key=key, is_retry=is_retry
         )
@@ -164,7 +165,9 @@ class Routes:
         ahead = None if job.ended else self.on.store.ahead(job)
         headers = {"cache-control": "no-store"}
         if ahead is not None:
-            headers["openai-poll-after-ms"] = str(min(max(math.ceil(ahead[1] * 1000), POLL_MS[0]), POLL_MS[1]))
+            headers["openai-poll-after-ms"] = str(
+                min(max(math.ceil(ahead[1] * 1000), POLL_MS[0]), POLL_MS[1])
+            )
         return Json(resource(job, ahead=ahead, extended=extended), headers=headers)
 
     async def _find(self, request: Request, video_id: str, scope: str = "generate") -> tuple[Job, Caller]:
@@ -189,7 +192,9 @@ class Routes:
             timeout_s = self.on.config.limits.sync_timeout_s
             job = await streams.ended(self.on.store, job, caller.mine, timeout_s, request)
         if job.state != "completed":
-            raise RequestRefused(500 if job.state == "failed" else 409, job.error_code or "", job.error_message or "")
+            raise RequestRefused(
+                500 if job.state == "failed" else 409, job.error_code or "", job.error_message or ""
+            )
         answer = await run_in_threadpool(content, job, "video", request, self.on.files, redirect=False)
         answer.headers.update(streams.timing_headers(job))
         return answer
@@ -199,7 +204,7 @@ class Routes:
         caller = await self._allowed(request, "generate")
         query = request.query_params
         limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
-        if not limit.isdecimal() or not limit.isascii() or int(limit) > 100:
+        if not re.fullmatch(r"[0-9]{1,2}|100", limit):
             raise refuse("limit is a number from 0 to 100", "limit")
         if order not in ("asc", "desc"):
             raise refuse("order is asc or desc", "order")
@@ -209,7 +214,11 @@ class Routes:
         )
         extended = request.headers.get("x-raydistill-extended-status") == "1"
         data = [resource(job, extended=extended) for job in jobs]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        ends = (
+            {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+            if data
+            else {"first_id": None, "last_id": None}
+        )
         return Json({"object": "list", "data": data, **ends, "has_more": more})
 
     async def get(self, request: Request, video_id: str) -> Response:
@@ -297,7 +306,9 @@ class Routes:
         """A part of the web page."""
         if name not in PAGE_FILES:
             raise RequestRefused(404, "not_found", "there is nothing at this address")
-        policy = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'"
+        policy = (
+            "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'"
+        )
         return FileResponse(PAGE / PAGE_FILES[name], headers={"content-security-policy": policy})
 
 

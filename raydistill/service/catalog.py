@@ -34,7 +34,9 @@ class Catalog:
             return next(iter(self.models))
         if name not in self.models:
             known = ", ".join(self.models)
-            raise RequestRefused(404, "model_not_found", f"no model {name[:80]!r}; there are: {known}", "model")
+            raise RequestRefused(
+                404, "model_not_found", f"no model {name[:80]!r}; there are: {known}", "model"
+            )
         return name
 
     def choose(self, model: str, job: str) -> BundleCard:
@@ -59,9 +61,7 @@ class Catalog:
             name: {"num_steps": plan.num_steps, "passes": plan.passes, "experts": list(plan.experts)}
             for name, plan in card.plans.items()
         }
-        shapes = [
-            {"size": f"{one.width}x{one.height}", "num_frames": one.frames} for one in card.shapes
-        ]
+        shapes = [{"size": f"{one.width}x{one.height}", "num_frames": one.frames} for one in card.shapes]
         about = {
             "steps": list(card.steps),
             "plans": plans,

@@ -1,7 +1,9 @@
 """A video's bytes over HTTP: ranges, entity tags, variants."""
 
 import re
-from typing import Literal
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
@@ -18,18 +20,10 @@ RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 def content(job: Job, variant: str, request: Request, files: Files, *, redirect: bool) -> Response:
     """Answer with a finished job's file, or the part of it that is asked for.
 
-    Raises RequestRefused: 400 for another variant, 409 while it is not there, 410 when it is no more, 416 for a
-    range outside the file.
+    Raises RequestRefused: 400 for another variant, 409 while it is not there, 410 when it is no more, 416
+    for a range outside the file.
     """
-    if variant not in MEDIA:
-        raise RequestRefused(400, "invalid_value", f"variant is one of {', '.join(MEDIA)}", "variant")
-    if not job.ended:
-        raise RequestRefused(409, "video_not_ready", "this video is not finished: poll it, or follow its events")
-    if job.state != "completed" or job.result is None:
-        raise RequestRefused(409, "video_failed", f"there is no video: {job.error_message}")
-    if job.expired:
-        raise RequestRefused(410, "video_expired", "this video was kept as long as promised, and is removed")
-    entry = job.result[variant]
+    entry = _entry(job, variant)
     if redirect:
         return RedirectResponse(files.signed(entry["file"]), 307)
     headers = {
@@ -53,7 +47,24 @@ def content(job: Job, variant: str, request: Request, files: Files, *, redirect:
     status = 206 if part else 200
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=MEDIA[variant])
-    return StreamingResponse(files.chunks(entry["file"], start, end), status, headers, MEDIA[variant])
+    pieces = files.chunks(entry["file"], start, end)
+    first = next(pieces, b"")  # before the answer begins: a file that is lost is not a short one
+    return StreamingResponse(chain([first], pieces), status, headers, MEDIA[variant])
+
+
+def _entry(job: Job, variant: str) -> Mapping[str, Any]:
+    """The file that is asked for. Raises RequestRefused if it is not there."""
+    if variant not in MEDIA:
+        raise RequestRefused(400, "invalid_value", f"variant is one of {', '.join(MEDIA)}", "variant")
+    if not job.ended:
+        raise RequestRefused(
+            409, "video_not_ready", "this video is not finished: poll it, or follow its events"
+        )
+    if job.state != "completed" or job.result is None:
+        raise RequestRefused(409, "video_failed", f"there is no video: {job.error_message}")
+    if job.expired:
+        raise RequestRefused(410, "video_expired", "this video was kept as long as promised, and is removed")
+    return job.result[variant]
 
 
 def _matches(given: str | None, etag: str) -> bool:
@@ -62,7 +73,7 @@ def _matches(given: str | None, etag: str) -> bool:
 
 
 def _range(wanted: str | None, size: int) -> tuple[int, int] | None:
-    """Start and end (exclusive). None, for the whole, also for several or unknown ones, as RFC 9110 allows."""
+    """Start and end (exclusive); None for the whole, also for several or unknown ones, as RFC 9110 allows."""
     match = RANGE.fullmatch(wanted) if wanted else None
     if match is None or (match[1], match[2]) == ("", ""):
         return None

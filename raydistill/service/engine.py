@@ -27,7 +27,7 @@ class Engine:
     """
 
     def __init__(self, folder: str | Path, config: WorkerConfig):
-        """Verify every file of the bundle, then load it. Raises what `verify_bundle` raises, StaleArtifact."""
+        """Verify all files of the bundle, then load it. Raises what `verify_bundle` raises, StaleArtifact."""
         folder, self.config = Path(folder), config
         self.card = read_bundle(folder)
         verify_bundle(folder)
@@ -44,7 +44,9 @@ class Engine:
         self.plans = {name: SamplingPlan.from_dict(plan.to_dict()) for name, plan in self.card.plans.items()}
         for name, plan in self.plans.items():
             if self.student.plan(name) != plan:
-                raise StaleArtifact(f"{folder}: its card and its student differ in plan '{name}': export again")
+                raise StaleArtifact(
+                    f"{folder}: its card and its student differ in plan '{name}': export again"
+                )
 
     def encode(self, prompt: str) -> Text:
         """Embed one prompt, (1, l, d)."""
@@ -91,8 +93,9 @@ class Engine:
         if self.config.previews == "off":
             return None
         if self.config.previews == "codec" or self.card.preview is None:
-            frames = self.decode(x0)
-            return frames[len(frames) // 2]
+            middle = torch.tensor([[self.codec.num_frames(x0.shape[2]) // 2]])
+            frame = self.codec.decode_frames(x0.to(self.config.device), middle)
+            return _pixels(rearrange(frame[0, :, 0], "c h w -> h w c"))
         matrix, bias = (torch.tensor(self.card.preview[name]) for name in ("matrix", "bias"))
         return _pixels(rearrange(x0[0, :, x0.shape[2] // 2], "c h w -> h w c") @ matrix + bias)
 

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from raydistill.artifacts import write_atomically
 from raydistill.errors import ArtifactError, CorruptArtifact, InvalidValue
@@ -23,7 +24,7 @@ class Files:
         except (ValueError, ImportError) as error:
             raise InvalidValue("artifacts", url, f"a folder or fsspec URL: {error}") from error
         self.root = root.rstrip("/")
-        self.is_local = isinstance(self.system, fsspec.implementations.local.LocalFileSystem)
+        self.is_local = isinstance(self.system, LocalFileSystem)
 
     def _path(self, name: str) -> str:
         parts = PurePosixPath(name).parts
@@ -61,7 +62,7 @@ class Files:
             yield self.system.cat_file(path, start=at, end=min(end, at + 16 * CHUNK))
 
     def signed(self, name: str, seconds: int = 3600) -> str:
-        """Return a URL by which a client fetches the file itself. Raises ArtifactError where there is none."""
+        """Return a URL by which a client fetches the file itself. Raises ArtifactError if there is none."""
         try:
             return self.system.sign(self._path(name), expiration=seconds)
         except NotImplementedError as error:

@@ -7,6 +7,7 @@ application has it too, for servers without that proxy.
 import asyncio
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ ENVIRONMENT = "RAYDISTILL_GUARD"
 """JSON of body_kib, body_timeout_s, open_bodies for the proxy, which sees no application's settings."""
 
 
-class TooLarge(Exception):
+class TooLargeError(Exception):
     """The body exceeds the limit."""
 
 
@@ -40,7 +41,7 @@ class Guard:
         if scope["type"] != "http" or (length == b"0" and not chunked):
             await self.app(scope, receive, send)
             return
-        if not length.isdigit() or int(length) > self.largest:
+        if not re.fullmatch(rb"[0-9]{1,18}", length) or int(length) > self.largest:
             message = f"the body is larger than {self.limits.body_kib} KiB"
             await answer(send, 413, "request_too_large", message)
         elif self._open >= self.limits.open_bodies:
@@ -67,13 +68,13 @@ class Guard:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > self.largest:
-                        raise TooLarge
+                        raise TooLargeError
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
             message = f"the body did not arrive within {self.limits.body_timeout_s:g} s"
             await answer(send, 408, "request_timeout", message)
-        except TooLarge:
+        except TooLargeError:
             message = f"the body is larger than {self.limits.body_kib} KiB"
             await answer(send, 413, "request_too_large", message)
         return None
@@ -94,7 +95,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 async def answer(
     send: Send, status: int, code: str, message: str, more: Mapping[str, str] | None = None
 ) -> None:
-    """Send an error in the envelope of all errors, and close the connection: its body may be still to come."""
+    """Send an error in the envelope of all, and close the connection: its body may be still to come."""
     envelope = error_envelope(status, code, message)
     body = json.dumps(envelope).encode()
     headers = {
@@ -109,7 +110,12 @@ async def answer(
     await send({"type": "http.response.body", "body": body})
 
 
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def error_envelope(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
@@ -119,6 +125,6 @@ def error_envelope(status: int, code: str, message: str, param: str | None = Non
 
 
 def in_proxy() -> list[Middleware]:
-    """Layers for Serve's proxy: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=raydistill.service.guard.in_proxy."""
+    """Layers for Serve's proxy; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH has to name this function."""
     values = json.loads(os.environ.get(ENVIRONMENT, "{}"))
     return [Middleware(Guard, limits=LimitsConfig(**values))]

@@ -6,9 +6,9 @@ import uuid
 from contextvars import ContextVar
 from typing import Any
 
-import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,9 +42,7 @@ def refusal(error: RequestRefused) -> Response:
         headers["x-should-retry"] = "false"  # openai's client tries 409 again otherwise
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Json(
-        error_envelope(error.status, error.code, error.message, error.param), error.status, headers
-    )
+    return Json(error_envelope(error.status, error.code, error.message, error.param), error.status, headers)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -63,23 +61,22 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def raised(request: Request, error: HTTPException) -> Response:
         code = HTTP_CODES.get(error.status_code, "invalid_request")
-        return refusal(RequestRefused(error.status_code, code, str(error.detail)))
+        answered = refusal(RequestRefused(error.status_code, code, str(error.detail)))
+        answered.headers.update(error.headers or {})  # which methods are allowed
+        return answered
 
-    @app.exception_handler(sa.exc.OperationalError)
-    async def no_store(request: Request, error: sa.exc.OperationalError) -> Response:
+    @app.exception_handler(OperationalError)
+    async def no_store(request: Request, error: OperationalError) -> Response:
         log.error("the job store did not answer", exc_info=error)
         message = "the job store does not answer: try again"
         return refusal(RequestRefused(503, "service_unavailable", message, retry_after_s=5.0))
 
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        message = f"something went wrong here; the log has it as request {REQUEST_ID.get() or '?'}"
-        return refusal(RequestRefused(500, "internal_error", message))
-
 
 class RequestIds:
-    """Gives every request an id, for the answer's header and for the log; keeps the one that it has."""
+    """Gives every request an id, for the answer's header and for the log; answers 500 for what nobody caught.
+
+    One that came with an id keeps it, and whoever gave it, as Serve's proxy does, puts it on the answer.
+    """
 
     def __init__(self, app: ASGIApp):
         """Wrap an application."""
@@ -91,17 +88,25 @@ class RequestIds:
             await self.app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        ours = given if given.isascii() and given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex
-        token = REQUEST_ID.set(ours)
+        usable = given.isascii() and given.isprintable() and 0 < len(given) <= 128
+        ours = given if usable else uuid.uuid4().hex
+        token, begun = REQUEST_ID.set(ours), False
 
         async def with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                message = {**message, "headers": [*headers, (b"x-request-id", ours.encode())]}
+            nonlocal begun
+            begun = True
+            if message["type"] == "http.response.start" and not usable:
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", ours.encode())]}
             await send(message)
 
         try:
             await self.app(scope, receive, with_id)
+        except Exception:
+            log.exception("%s %r failed", scope["method"], scope["path"])
+            if begun:  # the client learns it by the connection's end
+                raise
+            message = f"something went wrong here; the log has it as request {ours}"
+            await refusal(RequestRefused(500, "internal_error", message))(scope, receive, with_id)
         finally:
             REQUEST_ID.reset(token)
 

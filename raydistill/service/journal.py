@@ -67,7 +67,13 @@ class Journal:
         error: code and message, of what did not complete.
         """
         code, message = error or (None, None)
-        ended = {"state": state, "owner": None, "lease_until": None, "fence": JOBS.c.fence + 1, "remaining": 0.0}
+        ended = {
+            "state": state,
+            "owner": None,
+            "lease_until": None,
+            "fence": JOBS.c.fence + 1,
+            "remaining": 0.0,
+        }
         values |= {**ended, "completed_at": self.database.now(), "error_code": code, "error_message": message}
         row = connection.execute(sa.update(JOBS).where(where).values(values).returning(JOBS)).first()
         if row is None:
@@ -85,7 +91,9 @@ class Journal:
 
 
 def say(what: str, job: Job, **more: Any) -> None:
-    """Log what happened to a job, once its transaction is through: one line of these names each accepted job
-    and one its end, so that the accounting can be checked from the logs alone."""  # noqa: D209
+    """Log what happened to a job, once its transaction is through.
+
+    One line names each accepted job and one its end: the accounting can be checked from the logs alone.
+    """
     fields = {"job": job.id, "model": job.model, "bundle": job.bundle, "attempt": job.attempt, **more}
     log.info("job %s", what, extra={"happened": what, **fields})

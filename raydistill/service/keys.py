@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import select
 
 from raydistill.errors import InvalidValue, RequestRefused
-from raydistill.service.store import Quota
+from raydistill.service.store import NO_QUOTA, Quota
 from raydistill.service.tables import API_KEYS, Database
 
 SCOPES = ("generate", "admin")
@@ -27,7 +27,7 @@ class Caller:
 
     tenant: str
     scopes: frozenset[str]
-    quota: Quota = Quota()
+    quota: Quota = NO_QUOTA
 
     @property
     def mine(self) -> str | None:
@@ -52,9 +52,7 @@ class ApiKeys:
         """Use the job store's own database."""
         self.database = database
 
-    def create(
-        self, name: str, scopes: Collection[str], *, per_minute: int = 0, active_jobs: int = 0
-    ) -> str:
+    def create(self, name: str, scopes: Collection[str], *, per_minute: int = 0, active_jobs: int = 0) -> str:
         """Make a key and return it: nobody can read it again. 0 is no limit. Raises InvalidValue."""
         if not re.fullmatch(r"[\w.-]{1,64}", name) or name == ANYBODY:
             raise InvalidValue("name", name, "1 to 64 letters, digits, dots, dashes")

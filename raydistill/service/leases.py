@@ -1,8 +1,8 @@
 """The job store as a sampler replica sees it: claim a job's next stage, say that it lives, hand on, publish.
 
 A claim is a lease with a fence: a number that grows with every claim and that every later write must still
-find in the row. A replica that was thought dead, a job that was cancelled: their writers learn it by LeaseLost
-and stop, and nothing is published twice.
+find in the row. A replica that was thought dead, a job that was cancelled: their writers learn it by
+LeaseLost and stop, and nothing is published twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,9 +118,7 @@ class Leases:
         if first:
             values["started_at"] = now
         here = JOBS.c.number == job.number
-        claimed = job_of(
-            connection.execute(sa.update(JOBS).where(here).values(values).returning(JOBS)).one()
-        )
+        claimed = job_of(connection.execute(sa.update(JOBS).where(here).values(values).returning(JOBS)).one())
         if first:
             waited = (claimed.started_at or 0.0) - claimed.created_at
             self.journal.observe(connection, "wait_seconds", _labels(claimed), waited)

@@ -43,8 +43,8 @@ async def measure(config: BenchServeConfig, run: Run, show: Show = lambda record
     """Run all phases, filling `run`; stops by itself, each phase after `config.timeout_s` at the latest.
 
     `show` is called with the record of the phase that runs. Raises MissingValue for an API key that is not
-    there, MissingArtifact for a file of prompts, ServiceError if the server does not answer, has no capacity,
-    or no process that may be killed though kills are asked for.
+    there, MissingArtifact for a file of prompts, ServiceError if the server does not answer or wants a key,
+    has no capacity, or no process that may be killed though kills are asked for.
     """
     draws = Draws(config)
     run.started_at = time.time()
@@ -78,9 +78,9 @@ async def _ready(bench: Bench) -> list[dict[str, object]]:
         try:
             return await bench.api.listed("/v1/models")
         except ServiceError as failed:
-            # Without a key, or at another kind of server, waiting does not help.
-            hopeless = isinstance(failed, RequestRefused) and failed.status in (401, 403, 404)
-            if hopeless or asyncio.get_running_loop().time() >= ends:
+            if isinstance(failed, RequestRefused) and failed.status in (401, 403, 404):
+                raise  # without a key, or at another kind of server, waiting does not help
+            if asyncio.get_running_loop().time() >= ends:
                 raise ServiceError(
                     f"no server that answers ({failed}): start it, or set base_url, api_key_env or ready_s"
                 ) from failed
@@ -100,15 +100,11 @@ async def cold_start(bench: Bench, draws: Draws) -> None:
     """
     loop, config = asyncio.get_running_loop(), bench.config
     began = loop.time()
-    while count := await bench.api.replicas():
+    while count := await _replicas(bench.api):
         if loop.time() - began > config.cold_wait_s:
             bench.run.cold_start = {"waited_s": loop.time() - began, "replicas": count, "latency_s": None}
             return
         await asyncio.sleep(LOOK_EVERY_S)
-    if count is None:
-        raise ServiceError(
-            "cold_start: GET /metrics has no gauge raydistill_replicas to tell when it is cold"
-        )
     waited = loop.time() - began
     record = await run_phase(bench, Phase(name="cold start", mode="cold", requests=draws.mixed(1)))
     row = record.rows[0]
@@ -121,6 +117,21 @@ async def cold_start(bench: Bench, draws: Draws) -> None:
         "outcome": row.outcome,
         "stages": row.stages(),
     }
+
+
+async def _replicas(api: VideoApi) -> float:
+    try:
+        count = await api.replicas()
+    except READ_ERRORS as failed:
+        why = str(failed) or type(failed).__name__
+        raise ServiceError(
+            f"cold_start reads GET /metrics, which may want a key of an admin: {why}"
+        ) from failed
+    if count is None:
+        raise ServiceError(
+            "cold_start: GET /metrics has no gauge raydistill_replicas to tell when it is cold"
+        )
+    return count
 
 
 async def run_phase(bench: Bench, phase: Phase) -> Record:

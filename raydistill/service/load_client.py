@@ -153,12 +153,14 @@ class VideoApi:
         return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
 
     async def replicas(self) -> float | None:
-        """Return the number of sampler replicas by the gauge in GET /metrics; None if it is not there."""
-        try:
-            answer = await self.call("GET", "/metrics")
-        except READ_ERRORS:
-            return None
-        return replicas_in(answer.body.decode(errors="replace")) if answer.status == 200 else None
+        """Return the number of sampler replicas by the gauge in GET /metrics; None if it is not there.
+
+        Raises RequestRefused, and READ_ERRORS.
+        """
+        answer = await self.call("GET", "/metrics")
+        if answer.status != 200:
+            raise RequestRefused(answer.status, answer.code, f"GET {self.config.base_url}/metrics")
+        return replicas_in(answer.body.decode(errors="replace"))
 
 
 def replicas_in(metrics: str) -> float | None:

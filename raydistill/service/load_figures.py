@@ -113,16 +113,19 @@ def phase_figures(record: Record, config: BenchServeConfig) -> Figures:
         "codes": codes(rows),
         "accounting": accounting(rows),
         "broken_reads": sum(row.broken_reads for row in rows),
-        "kills": after_kills(record.kills, [row.done_s for row in rows if in_hand(row) and row.done_s]),
+        "kills": after_kills(record.kills, rows),
     }
 
 
 def offered(record: Record) -> float | None:
-    """Return the rate at which requests were meant to arrive, as drawn; None of a closed loop."""
-    if record.phase.mode != "open":
+    """Return how many requests were sent per second, until the phase was cut off; None of a closed loop."""
+    if not record.phase.rate:
         return None
-    last = max((row.intended_s or 0.0 for row in record.rows), default=0.0)
-    return len(record.rows) / last if last > 0 else None
+    window = len(record.rows) / record.phase.rate
+    sent = sum(row.sent_s is not None for row in record.rows)
+    if sent < len(record.rows) and record.seconds:
+        window = min(window, record.seconds)
+    return sent / window
 
 
 def codes(rows: Sequence[Row]) -> dict[str, dict[str, int]]:

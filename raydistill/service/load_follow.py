@@ -104,7 +104,8 @@ class Follower:
         now = self.clock()
         if not 200 <= answer.status < 300:
             return refuse(row, answer)
-        row.id = answer.headers.get("X-Request-Id", "") or f"request-{row.number}"
+        names = (answer.headers.get(name, "") for name in ("X-Raydistill-Video-Id", "X-Request-Id"))
+        row.id = next(filter(None, names), f"request-{row.number}")
         row.outcome, row.accepted_s, row.done_s, row.ended_s = "completed", now, now, now
         try:
             row.timings = seconds_by_stage(json.loads(answer.headers.get("X-Stage-Durations", "{}")))

@@ -19,7 +19,7 @@ from raydistill.config.bench_serve import BenchServeConfig, is_loopback
 from raydistill.errors import InvalidValue, ServiceError
 from raydistill.service.load_client import VideoApi
 from raydistill.service.load_plan import generator
-from raydistill.service.load_rows import Kill
+from raydistill.service.load_rows import Kill, Row
 
 WORKERS = "/v1/admin/workers"
 PROC = Path("/proc")
@@ -107,15 +107,35 @@ async def kill_in_turn(
         kills.append(one)
 
 
-def after_kills(kills: Sequence[Kill], done_s: Sequence[float]) -> list[dict[str, Any]]:
-    """Return each kill with the seconds until the next completion; None if there was none after it."""
+def after_kills(kills: Sequence[Kill], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return what followed each kill.
+
+    `next_completion_s`: seconds until the next request completed, whichever it was; None if none did.
+    `under_way`: accepted requests that had not ended, of which `restarted` needed another attempt and
+    `all_done_s` later the last one had completed; None if not all did.
+    """
     return [
         {
             "at_s": one.at_s,
             "worker_id": one.worker_id,
             "pid": one.pid,
             "why_not": one.why_not,
-            "next_completion_s": min((t - one.at_s for t in done_s if t > one.at_s), default=None),
+            **_recovery(one.at_s, rows),
         }
         for one in kills
     ]
+
+
+def _recovery(at_s: float, rows: Sequence[Row]) -> dict[str, Any]:
+    later = [row for row in rows if row.done_s is None or row.done_s > at_s]
+    caught = [row for row in later if row.accepted_s is not None and row.accepted_s <= at_s]
+    completed = {row.number: row.done_s - at_s for row in later if row.outcome == "completed" and row.done_s}
+    waits = [completed.get(row.number) for row in caught]
+    return {
+        "next_completion_s": min(completed.values(), default=None),
+        "under_way": len(caught),
+        "restarted": sum((row.attempt or 1) > 1 for row in caught),
+        "all_done_s": max((wait for wait in waits if wait is not None), default=None)
+        if None not in waits
+        else None,
+    }

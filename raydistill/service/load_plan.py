@@ -50,12 +50,14 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
 
 
 def arrivals(seed: int, rate: float, count: int) -> list[float]:
-    """Poisson arrival times in seconds, `rate` per second on average, rising.
+    """Poisson arrival times in seconds, rising: a process of `rate` that has `count` of them in count / rate.
 
-    Every rate stretches the same draws, so rates differ by load and not by luck.
+    Given their number, the arrivals of a Poisson process are as if thrown into its time at random. Without
+    that, few requests would come at another rate than asked for. Every rate stretches the same draws, so
+    rates differ by load and not by luck.
     """
-    gaps = generator(seed, "arrivals").exponential(1.0, size=count)
-    return (np.cumsum(gaps) / rate).tolist()
+    times = np.cumsum(generator(seed, "arrivals").exponential(1.0, size=count + 1))
+    return (times[:-1] / times[-1] * count / rate).tolist()
 
 
 def read_prompts(config: BenchServeConfig) -> list[str]:
@@ -87,10 +89,9 @@ class Draws:
         self.next_number = 0
 
     def mixed(self, count: int, at_s: Sequence[float | None] = ()) -> tuple[Request, ...]:
-        """Return `count` requests of the mix, arriving at `at_s` if given."""
-        first = self.next_number
+        """Return `count` requests of the mix, arriving at `at_s` if given; every phase has the same kinds."""
         weights = np.array([weight for weight, _ in self.config.kinds])
-        kinds = generator(self.config.seed, f"kinds/{first}").choice(
+        kinds = generator(self.config.seed, "kinds").choice(
             len(weights), size=count, p=weights / weights.sum()
         )
         times = at_s or [None] * count

@@ -61,9 +61,8 @@ def draw_throughput(phases: Sequence[Phase], results: Results) -> bytes:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     loads = [_load(one) for one in phases]
-    axes.plot(
-        loads, [one["achieved_per_s"] for one in phases], color="#0072b2", marker="o", label="completed"
-    )
+    achieved = [one["achieved_per_s"] for one in phases]
+    axes.plot(loads, achieved, color="#0072b2", marker="o", ms=10, mfc="none", label="completed")
     axes.plot(
         loads,
         [one["goodput_per_s"] for one in phases],

@@ -175,17 +175,20 @@ def _kills(phases: Sequence[Mapping[str, Any]]) -> list[str]:
             number(kill["at_s"]),
             f"{kill['worker_id']} ({kill['pid']})" if kill["pid"] else f"none: {kill['why_not']}",
             number(kill["next_completion_s"]),
+            str(kill["under_way"]),
+            str(kill["restarted"]),
+            number(kill["all_done_s"]),
         ]
         for phase in phases
         for kill in phase["kills"]
     ]
-    head = ["phase", "at s", "killed", "s to the next completion"]
+    head = ["phase", "at s", "killed", "s to the next completion", "under way", "restarted", "s to the last"]
     return ["## Kills\n", table(head, lines)] if lines else []
 
 
 def _accounting(results: Mapping[str, Any]) -> str:
     """Return what became of all requests, with the ids of those that were accepted and did not complete."""
-    counts = results["accounting"]
+    counts, broken = results["accounting"], sum(phase["broken_reads"] for phase in results["phases"])
     ended = " + ".join(
         f"{counts[name]} {name}" for name in ("completed", "failed", "cancelled", "unfinished")
     )
@@ -194,7 +197,7 @@ def _accounting(results: Mapping[str, Any]) -> str:
         f"{counts['requests']} requests, {counts['sent']} sent: {counts['accepted']} accepted, "
         f"{counts['shed']} shed, {counts['errors']} errors. Accepted: {ended}"
         f"{'' if counts['balanced'] else '. **This does not add up**'}. "
-        f"{counts['restarted']} needed more than one attempt.\n",
+        f"{counts['restarted']} needed more than one attempt; {broken} reads of states failed.\n",
     ]
     lines += [f"- {name}: {', '.join(ids)}" for name, ids in counts["ids"].items() if ids]
     lines += [f"- two requests got the same id: {', '.join(counts['duplicates'])}"] * bool(

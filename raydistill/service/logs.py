@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
 
 from raydistill.service.http import REQUEST_ID
 
@@ -20,7 +19,8 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Render; text of users is escaped, so that it cannot forge a line."""
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{record.msecs:03.0f}Z",
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -39,7 +39,7 @@ def log_to(folder: str, role: str) -> None:
     logger = logging.getLogger(ROOT)
     if any(isinstance(handler.formatter, JsonLines) for handler in logger.handlers):
         return
-    handler: logging.StreamHandler[TextIO] = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(Path(folder) / f"{role}-{os.getpid()}.jsonl", encoding="utf-8")

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -17,7 +18,7 @@ from raydistill.service.bundle import BundleCard, ShapeCard
 from raydistill.service.catalog import Catalog
 from raydistill.service.store import NewJob
 
-SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+SIZE = re.compile(r"^[0-9]{1,5}x[0-9]{1,5}$")
 ONE_KEY = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
 LARGEST_SEED = 2**63 - 1
 
@@ -57,6 +58,8 @@ class VideoRequest(BaseModel):
 FIELDS = tuple(VideoRequest.model_fields)
 WRAPPERS = ("extra_params", "extra_body")
 """Objects whose fields count as the request's own."""
+SAME = ({"plan", "num_inference_steps"}, {"size", "width", "height"}, {"num_frames", "seconds"})
+"""Fields that say one thing in several words."""
 
 
 def refuse(message: str, param: str | None = None, code: str = "invalid_value") -> RequestRefused:
@@ -80,7 +83,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 def read_form(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Nest a form's fields: `a[b]` is a field of an object, `a[]` an item of a list. Raises RequestRefused."""
+    """Nest a form's fields: `a[b]` is a field of an object, `a[]` an item of a list. May refuse."""
     out: dict[str, Any] = {}
     for key, value in pairs:
         match = ONE_KEY.fullmatch(key)
@@ -92,7 +95,7 @@ def read_form(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _put(into: dict[str, Any], path: list[str], value: Any) -> None:
-    for name, following in zip(path, path[1:], strict=False):
+    for name, following in pairwise(path):
         kind = list if following == "" else dict
         held = into.setdefault(name, kind())
         if not isinstance(held, kind):
@@ -106,8 +109,36 @@ def _put(into: dict[str, Any], path: list[str], value: Any) -> None:
     into[path[-1]] = value
 
 
-def parse(values: Mapping[str, Any], limits: LimitsConfig) -> VideoRequest:
-    """Check names and types; wrappers are opened first. Raises RequestRefused with the field's name."""
+def parse(
+    values: Mapping[str, Any], limits: LimitsConfig, inherited: Mapping[str, Any] | None = None
+) -> VideoRequest:
+    """Check names and types; wrappers are opened first. Raises RequestRefused with the field's name.
+
+    inherited: values of another request, for what this one does not say, in those or in other words.
+    """
+    given = _opened(values)
+    try:
+        request = VideoRequest.model_validate({**given, **_kept(inherited or {}, given)})
+    except ValidationError as error:
+        raise _explained(error) from error
+    _require_text(request, limits)
+    if request.negative_prompt:
+        raise refuse(
+            "these models have guidance distilled in: a negative prompt has no effect", "negative_prompt"
+        )
+    if request.input_reference is not None:
+        raise refuse("these models make videos of text alone", "input_reference")
+    return request
+
+
+def _kept(inherited: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    said = {name for name, value in given.items() if value is not None}
+    said = said.union(*(words for words in SAME if words & said))
+    return {name: value for name, value in inherited.items() if name not in said}
+
+
+def _opened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the fields of wrappers beside the others. Raises RequestRefused."""
     flat = dict(values)
     for wrapper in WRAPPERS:
         if (inner := flat.pop(wrapper, None)) is None:
@@ -120,16 +151,7 @@ def parse(values: Mapping[str, Any], limits: LimitsConfig) -> VideoRequest:
             if name in flat:
                 raise refuse(f"'{str(name)[:80]}' is given twice", str(name)[:80])
             flat[name] = value
-    try:
-        request = VideoRequest.model_validate(flat)
-    except ValidationError as error:
-        raise _explained(error) from error
-    _require_text(request, limits)
-    if request.negative_prompt:
-        raise refuse("these models have guidance distilled in: a negative prompt has no effect", "negative_prompt")
-    if request.input_reference is not None:
-        raise refuse("these models make videos of text alone", "input_reference")
-    return request
+    return flat
 
 
 def _explained(error: ValidationError) -> RequestRefused:
@@ -148,7 +170,9 @@ def _explained(error: ValidationError) -> RequestRefused:
 def _require_text(request: VideoRequest, limits: LimitsConfig) -> None:
     """Refuse what no database and no text encoder takes."""
     if len(request.prompt) > limits.prompt_chars:
-        raise refuse(f"the prompt has more than {limits.prompt_chars} characters", "prompt", "prompt_too_long")
+        raise refuse(
+            f"the prompt has more than {limits.prompt_chars} characters", "prompt", "prompt_too_long"
+        )
     if not request.prompt.strip():
         raise refuse("the prompt is empty", "prompt")
     for name in ("prompt", "model", "plan"):
@@ -187,7 +211,9 @@ def resolve(
         )
     except InvalidValue as wrong:
         code = "unsupported_size" if wrong.key in ("size", "num_frames", "seconds") else "invalid_value"
-        raise refuse(f"{wrong.key}: {str(wrong.value)[:80]} is not offered: {wrong.expected}", wrong.key, code) from wrong
+        raise refuse(
+            f"{wrong.key}: {str(wrong.value)[:80]} is not offered: {wrong.expected}", wrong.key, code
+        ) from wrong
     passes = card.plans[plan].passes
     cost = passes * shape.frames * shape.height * shape.width / 1e6
     if cost > limits.cost:
@@ -231,7 +257,9 @@ def _shape(request: VideoRequest, card: BundleCard) -> ShapeCard:
         fitting = [s.frames for s in sizes if abs(s.frames / card.fps - request.seconds) < 0.5]
         if sizes and not (fitting if frames is None else frames in fitting):
             lengths = ", ".join(dict.fromkeys(f"{s.frames / card.fps:g}" for s in sizes))
-            raise InvalidValue("seconds", f"{request.seconds:g}", f"one of {lengths} seconds at {card.fps} fps")
+            raise InvalidValue(
+                "seconds", f"{request.seconds:g}", f"one of {lengths} seconds at {card.fps} fps"
+            )
         if sizes and frames is None:
             frames = min(fitting, key=lambda n: abs(n / card.fps - (request.seconds or 0.0)))
     return card.shape_for(frames, height, width)

@@ -26,8 +26,8 @@ def percent(stage: str, step: int, num_steps: int) -> int:
 def resource(job: Job, *, ahead: tuple[int, float] | None = None, extended: bool = False) -> dict[str, Any]:
     """Show a job. ahead: how many wait before it, and seconds until it is done, where known.
 
-    Strict clients know four states: what was cancelled has failed with the code `cancelled`, unless the client
-    asked for the `extended` ones.
+    Strict clients know four states: what was cancelled has failed with the code `cancelled`, unless the
+    client asked for the `extended` ones.
     """
     request = job.request
     failed = job.state in ("failed", "cancelled")

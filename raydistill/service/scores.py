@@ -73,7 +73,7 @@ def _is_of(
     if TEACHER not in plan.experts:  # on another path than the stored one, the group is no kind
         return TEACHER not in made and row["group"] in kinds
     same_guidance = made.get("guidance_scale") == guidance_scale
-    ends_alike = ("tail" in row["label"]) == (plan.jumps[-1]["expert"] == TEACHER)
+    ends_alike = row["label"].endswith("+ tail") == (plan.jumps[-1]["expert"] == TEACHER)
     return TEACHER in made and same_guidance and ends_alike
 
 

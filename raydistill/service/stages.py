@@ -1,4 +1,4 @@
-"""What is done to a job at each stage: encode its text, denoise, decode. All state is in the store and files."""
+"""What is done to a job at each stage: encode its text, denoise, decode. Its state is in store and files."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ from raydistill.service.files import Files
 from raydistill.service.leases import Lease, Leases
 
 
-class NonFinite(SamplingError):
+class NonFiniteError(SamplingError):
     """The networks gave NaN or infinity: trying again gives the same."""
 
 
@@ -61,7 +61,7 @@ class Stages:
             step_began = time.monotonic()
             x, x0 = engine.step(job.request, i, x, text)
             if not x.isfinite().all():
-                raise NonFinite(f"step {i + 1} of plan '{job.request['plan']}' gave NaN or infinity")
+                raise NonFiniteError(f"step {i + 1} of plan '{job.request['plan']}' gave NaN or infinity")
             timings["denoise_s"] += time.monotonic() - step_began
             timings["passes"] += engine.num_passes(job.request["plan"], i)
             state, last = None, i + 1 == job.num_steps

@@ -55,6 +55,9 @@ class Quota:
     active_jobs: int = 0
 
 
+NO_QUOTA = Quota()
+
+
 @dataclass(frozen=True)
 class Load:
     """All jobs that wait or run."""
@@ -80,7 +83,7 @@ class JobStore:
         self.journal = Journal(database)
 
     def create(
-        self, new: NewJob, *, quota: Quota | None = None, key: str | None = None, is_retry: bool = False
+        self, new: NewJob, *, quota: Quota = NO_QUOTA, key: str | None = None, is_retry: bool = False
     ) -> Job:
         """Write a new job, or return the one that the same request made before.
 
@@ -91,7 +94,7 @@ class JobStore:
             self.database.one_at_a_time(connection)
             if before := self._before(connection, new, key, is_retry):
                 return before
-            self._admit(connection, new, quota or Quota())
+            self._admit(connection, new, quota)
             now = self.database.now()
             row = connection.execute(
                 sa.insert(JOBS)
@@ -119,9 +122,7 @@ class JobStore:
         say("accepted", job := job_of(row))
         return job
 
-    def _before(
-        self, connection: sa.Connection, new: NewJob, key: str | None, is_retry: bool
-    ) -> Job | None:
+    def _before(self, connection: sa.Connection, new: NewJob, key: str | None, is_retry: bool) -> Job | None:
         now = self.database.now()
         found = select(JOBS).where(JOBS.c.tenant == new.tenant)
         if key:
@@ -212,13 +213,13 @@ class JobStore:
             ended = self.journal.end(
                 connection, waits, "cancelled", ("cancelled", "the request was cancelled")
             )
-            if ended is None and (found := self._get(connection, job, mine)).state != "cancelled":
-                message = f"this video has {found.state}: there is nothing to cancel"
-                raise RequestRefused(409, "video_not_cancellable", message)
-        if ended is None:
-            return found
-        say("cancelled", ended)
-        return ended
+            found = ended or self._get(connection, job, mine)
+        if found.state != "cancelled":
+            message = f"this video has {found.state}: there is nothing to cancel"
+            raise RequestRefused(409, "video_not_cancellable", message)
+        if ended is not None:
+            say("cancelled", ended)
+        return found
 
     def delete(self, job: str, mine: Mine) -> Job:
         """Remove a job with its events, cancelling it first; its files are the caller's to remove."""
@@ -261,6 +262,12 @@ class JobStore:
         ).scalar()
         alive = connection.execute(select(func.count()).select_from(WORKERS)).scalar_one()
         return float(cost) * float(speed or 0.0) / max(1, alive)
+
+    def speed(self) -> float:
+        """Seconds per cost, the slowest bundle's; 0 as long as nothing was measured."""
+        with self.database.read() as connection:
+            slowest = connection.execute(select(func.max(SPEEDS.c.seconds_per_cost))).scalar()
+        return float(slowest or 0.0)
 
     def load(self) -> Load:
         """Sum up what waits and runs."""

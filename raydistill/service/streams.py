@@ -66,9 +66,8 @@ async def events(
                     yield ServerSentEvent(json.dumps(full), event=kind, id=str(last))
                     if kind in ("video.completed", "video.failed"):
                         return
-                if not new and (await run_in_threadpool(store.get, job, mine)).ended:
-                    if not await run_in_threadpool(store.events, job, last):
-                        return  # replayed from beyond its last event
+                if not new and await run_in_threadpool(_is_over, store, job, mine, last):
+                    return
                 wait = LOOK_EVERY_S if new else min(SLOWEST_LOOK_S, wait * 1.2)
                 await asyncio.sleep(wait)
         except RequestRefused:  # deleted while it was watched
@@ -79,8 +78,18 @@ async def events(
     return EventSourceResponse(told(), ping=PING_S, headers={"cache-control": "no-store"})
 
 
+def _is_over(store: JobStore, job: str, mine: Mine, last: int) -> bool:
+    """Whether nothing follows: the client has seen the last event before."""
+    return store.get(job, mine).ended and not store.events(job, last)
+
+
 def _full(
-    store: JobStore, job: str, mine: Mine, kind: str, data: Mapping[str, Any], show: Callable[[Job], dict[str, Any]]
+    store: JobStore,
+    job: str,
+    mine: Mine,
+    kind: str,
+    data: Mapping[str, Any],
+    show: Callable[[Job], dict[str, Any]],
 ) -> dict[str, Any]:
     """Add what is not stored with each event."""
     if kind == "video.queued":

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Column, Float, Index, Integer, String, Text, event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from raydistill.errors import InvalidValue
 
@@ -219,7 +220,7 @@ class Database:
         return self.engine.connect().execution_options(raydistill_reads=True)
 
     def one_at_a_time(self, connection: sa.Connection) -> None:
-        """Until the transaction ends, keep others out that ask the same: for what is counted before written."""
+        """Keep others that ask the same out until the transaction ends: it counts before it writes."""
         if not self.is_sqlite:  # SQLite has one writer anyway
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x5244)))
 
@@ -228,7 +229,7 @@ def open_database(url: str) -> Database:
     """Open the store and create what is missing. Raises InvalidValue for a URL that cannot be used."""
     try:
         parsed = make_url(url)
-    except sa.exc.ArgumentError as error:
+    except ArgumentError as error:
         raise InvalidValue("store", url.partition(":")[0] + ":...", "an SQLAlchemy URL") from error
     hidden = parsed.render_as_string(hide_password=True)
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
@@ -238,7 +239,7 @@ def open_database(url: str) -> Database:
         with database.write() as connection:
             database.one_at_a_time(connection)
             META.create_all(connection)
-    except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
+    except (SQLAlchemyError, ImportError, OSError) as error:
         why = str(getattr(error, "orig", error)).splitlines()[0]
         raise InvalidValue("store", hidden, f"a database that answers: {why}") from error
     return database

@@ -1,12 +1,15 @@
 """The janitor's round: what expired, what nobody serves, what no job names, which replicas went silent."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import sqlalchemy as sa
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 
 from raydistill.config.serve import KeepConfig
+from raydistill.errors import RaydistillError
+from raydistill.service.bundle import read_bundle
 from raydistill.service.files import Files
 from raydistill.service.journal import Journal, say
 from raydistill.service.tables import ACTIVE, ENDED, EVENTS, JOBS, KEYS_SEEN, WORKERS, Database, Job
@@ -23,8 +26,15 @@ class Janitor:
         self.database, self.files, self.keep, self.lease_s = database, files, keep, lease_s
         self.journal = Journal(database)
 
+    def try_round(self, bundles: Mapping[str, str]) -> None:
+        """Do a round for the bundles in these folders; what goes wrong is logged, the next one tries again."""
+        try:
+            self.round([read_bundle(folder).label for folder in bundles.values()])
+        except (SQLAlchemyError, OSError, RaydistillError):
+            log.warning("the janitor's round failed", exc_info=True)
+
     def round(self, bundles: Collection[str]) -> dict[str, int]:
-        """Do everything once; `bundles` are those that are served. Returns what was done, by name."""
+        """Do everything once; `bundles` are the labels that are served. Returns what was done, by name."""
         done = {
             "workers": self._silent_workers(),
             "unserved": self._unserved(bundles),
@@ -49,7 +59,10 @@ class Janitor:
         with self.database.write() as connection:
             numbers = connection.execute(select(JOBS.c.number).where(late)).scalars().all()
             for number in numbers:
-                error = ("model_unavailable", "the version chosen for this video is no longer served: ask again")
+                error = (
+                    "model_unavailable",
+                    "the version chosen for this video is no longer served: ask again",
+                )
                 job = self.journal.end(connection, JOBS.c.number == number, "failed", error)
                 ended += [job] if job else []
         for job in ended:
@@ -72,9 +85,7 @@ class Janitor:
             names = connection.execute(sa.delete(JOBS).where(old).returning(JOBS.c.id)).scalars().all()
             if names:
                 connection.execute(sa.delete(EVENTS).where(EVENTS.c.job.in_(names)))
-            connection.execute(
-                sa.delete(KEYS_SEEN).where(KEYS_SEEN.c.at < now - self.keep.idempotency_s)
-            )
+            connection.execute(sa.delete(KEYS_SEEN).where(KEYS_SEEN.c.at < now - self.keep.idempotency_s))
         return len(names)
 
     def _orphans(self) -> int:

@@ -13,8 +13,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import sqlalchemy as sa
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 
 from raydistill.config.serve import KeepConfig, Stage, WorkerConfig
 from raydistill.errors import ArtifactError, LeaseLost, RaydistillError
@@ -58,7 +58,9 @@ class Worker:
         """
         labels = {read_bundle(folder).label: folder for folder in bundles.values()}
         new = {
-            label: Engine(folder, self.config) for label, folder in labels.items() if label not in self.engines
+            label: Engine(folder, self.config)
+            for label, folder in labels.items()
+            if label not in self.engines
         }
         self.engines |= new
         for label in set(self.engines) - set(labels):
@@ -69,7 +71,9 @@ class Worker:
         """Begin to take jobs."""
         loops = [(self._beat, ()), *((self._loop, (stage,)) for stage in self.stages)]
         for loop, args in loops:
-            thread = threading.Thread(target=loop, args=args, daemon=True, name=f"worker-{(*args, 'beat')[0]}")
+            thread = threading.Thread(
+                target=loop, args=args, daemon=True, name=f"worker-{(*args, 'beat')[0]}"
+            )
             self._threads.append(thread)
             thread.start()
 
@@ -91,7 +95,7 @@ class Worker:
         while not self.stopping.wait(self.config.heartbeat_s):
             try:
                 self.leases.heartbeat()
-            except sa.exc.SQLAlchemyError:
+            except SQLAlchemyError:
                 log.warning("the job store did not answer a heartbeat", exc_info=True)
 
     def _loop(self, stage: Stage) -> None:
@@ -100,7 +104,7 @@ class Worker:
             try:
                 lease = self.leases.claim(stage, sorted(self.engines))
                 failures = 0
-            except sa.exc.SQLAlchemyError:
+            except SQLAlchemyError:
                 log.warning("the job store did not answer", exc_info=True)
                 lease, failures = None, failures + 1
             if lease is None:
@@ -114,13 +118,13 @@ class Worker:
         try:
             try:
                 STAGES[lease.stage](self._work, lease)
-            except (LeaseLost, sa.exc.SQLAlchemyError):
+            except (LeaseLost, SQLAlchemyError):
                 raise
             except Exception as error:
                 self._failed(lease, error)
         except LeaseLost as lost:
             log.info("%s", lost)
-        except sa.exc.SQLAlchemyError:  # the lease runs out by itself
+        except SQLAlchemyError:  # the lease runs out by itself
             log.warning("%s: the job store did not answer", lease.job.id, exc_info=True)
         for woken in self._woken.values():
             woken.set()
@@ -129,7 +133,9 @@ class Worker:
         """Fail what would fail again; let another replica try what might not."""
         log.warning("%s: %s failed: %s", lease.job.id, lease.stage, error, exc_info=error)
         if out_of_memory(error):
-            self.leases.fail(lease, "out_of_memory", "the video did not fit into memory: ask for a smaller one")
+            self.leases.fail(
+                lease, "out_of_memory", "the video did not fit into memory: ask for a smaller one"
+            )
         elif isinstance(error, RaydistillError) and not isinstance(error, ArtifactError):
             self.leases.fail(lease, "generation_failed", str(error))
         else:  # storage that may be back, or nobody knows what

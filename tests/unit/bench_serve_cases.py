@@ -56,7 +56,7 @@ class Script:
     replicas: list[float] = field(default_factory=list)
     """Values of the gauge, one per reading; the last stays."""
     workers: list[dict] = field(default_factory=list)
-    poll_ms: str = "10"
+    poll_ms: str = "20"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Bundles of small real students, off their start so that experts, plans and captions all make a difference."""
+"""Bundles of small real students, off their start: experts, plans and captions all make a difference."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -22,14 +22,28 @@ RANK, ALPHA = 2, 4.0
 def save_untrained_bundle(folder, name="tiny", kind="dual", **changes) -> Path:
     """Export a student of any kind as folder/NAME, with plans 1, 2, 4, 8, and 2+tail if it has two experts.
 
-    changes: fields of the student's `Card` (boundary, grid, guidance_scale ...), `path` of its plans, `seed` of
-    its weights, or what `export_bundle` takes: fps, sizes, scores, default_plan, teacher (None: left out).
+    changes: fields of the student's `Card` (boundary, grid, guidance_scale ...), `path` of its plans, `seed`
+    of its weights, or what `export_bundle` takes: fps, sizes, scores, default_plan, teacher (None: left out).
+    Student and teacher stay in folder/NAME-made.
     """
     card = {one.name: changes.pop(one.name) for one in fields(Card) if one.name in changes}
     made = Path(folder) / f"{name}-made"
     save_untrained_student(made, kind, changes.pop("seed", 1), changes.pop("path", "deterministic"), **card)
     given = {"teacher": made / "teacher", "fps": 8, **changes}
     return export_bundle(made / "student", CODEC, Path(folder) / name, name=name, **given).folder
+
+
+def sources_of(bundle) -> tuple[Path, Path]:
+    """Student and teacher of a bundle made here."""
+    made = bundle.with_name(f"{bundle.name}-made")
+    return made / "student", made / "teacher"
+
+
+def export_again(bundle, output, **changes):
+    """Export the student of a bundle made here with other arguments; its name stays."""
+    student, teacher = sources_of(bundle)
+    given = {"name": bundle.name, "fps": 8, "teacher": teacher, **changes}
+    return export_bundle(student, CODEC, output, **given)
 
 
 def save_untrained_student(folder, kind="dual", seed=1, path="deterministic", **card):

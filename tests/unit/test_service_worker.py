@@ -1,0 +1,296 @@
+"""Workers over real small networks: the same bytes whoever works, dies, or takes over."""
+
+import base64
+import hashlib
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from bundle_cases import save_untrained_bundle
+from PIL import Image
+from service_cases import settings, start_worker
+
+from raydistill.models.text import WordVectors
+from raydistill.sampler import keyed_noise, sample
+from raydistill.service import video
+from raydistill.service.bundle import read_bundle
+from raydistill.service.catalog import Catalog
+from raydistill.service.files import Files
+from raydistill.service.requests import parse, resolve
+from raydistill.service.store import JobStore
+from raydistill.service.tables import open_database
+from raydistill.service.upkeep import Janitor
+from raydistill.service.worker import Worker
+from raydistill.student import load_student
+
+PROMPT = "a red circle moves slowly left over a plain background"
+TAIL = "2+tail"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return save_untrained_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+class Place:
+    """A store and files of one test, and requests to them."""
+
+    def __init__(self, folder: Path, bundle: Path, **changes):
+        self.config = settings(folder, bundle, **changes)
+        self.database = open_database(self.config.store)
+        self.store = JobStore(self.database, self.config.limits, self.config.keep)
+        self.files = Files(self.config.artifacts)
+        self.catalog = Catalog.read(self.config.bundle_table(), self.config.models)
+
+    def ask(self, **fields) -> str:
+        request = parse({"prompt": PROMPT, "seed": 7, **fields}, self.config.limits)
+        return self.store.create(resolve(request, self.catalog, self.config.limits, "anybody")).id
+
+    def wait(self, job: str, until=lambda job: job.ended, timeout_s=30.0):
+        deadline = time.monotonic() + timeout_s
+        while not until(found := self.store.get(job, None)):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.005)
+        return found
+
+    def worker(self, **changes) -> Worker:
+        """A worker that has loaded its bundles and not begun."""
+        stages = changes.pop("stages", ("encode", "denoise", "decode"))
+        worker = Worker(self.database, self.files, self.config.worker, self.config.keep, stages)
+        worker.hold(self.config.bundle_table())
+        return worker
+
+    def steps_taken(self, job: str) -> list[int]:
+        return [
+            data["step"]
+            for _, kind, data in self.store.events(job, 0, limit=1000)
+            if kind == "video.in_progress" and "expert" in data
+        ]
+
+
+@pytest.fixture
+def place(tmp_path, bundle):
+    return Place(tmp_path, bundle)
+
+
+def expected_digest(bundle: Path, plan: str, seed: int = 7) -> str:
+    """What the sampler alone makes of the request."""
+    student = load_student(bundle / "student", bundle / "teacher", merged=False)
+    noise_at = keyed_noise(seed, torch.zeros(1, dtype=torch.int64))
+    noise = noise_at(0, (1, *student.card.latent_shape))
+    text = WordVectors(*student.card.text_shape)([PROMPT])
+    made = sample(student.fields, student.schedule, student.plan(plan), noise, text, noise_at=noise_at)
+    return hashlib.sha256(made.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("plan", ["1", "4", TAIL])
+def test_a_video_is_what_the_bare_sampler_makes(place, bundle, plan):
+    worker = start_worker(place.config)
+    job = place.wait(place.ask(plan=plan))
+    worker.stop()
+    assert job.result["latents_sha256"] == expected_digest(bundle, plan)
+    steps = read_bundle(bundle).plans[plan].num_steps
+    assert place.steps_taken(job.id) == list(range(1, steps + 1))
+    assert job.timings["passes"] == read_bundle(bundle).plans[plan].passes
+    with av.open(io.BytesIO(place.files.read(job.result["video"]))) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 8
+        assert job.bundle in container.metadata["comment"]
+    assert np.stack(frames).shape == (16, 32, 32, 3)
+    assert place.files.folders("work") == []
+
+
+def die_at(config, step: int) -> None:
+    """Work until this step begins, then die as by SIGKILL; runs in a process of its own."""
+    place = Worker(open_database(config.store), Files(config.artifacts), config.worker, config.keep, STAGES)
+    place.hold(config.bundle_table())
+    for engine in place.engines.values():
+        take = engine.step
+
+        def fatal(request, i, x, text, take=take):
+            if i == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take(request, i, x, text)
+
+        engine.step = fatal
+    place.start()
+    threading.Event().wait(60)
+
+
+STAGES = ("encode", "denoise", "decode")
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_a_killed_workers_video_is_finished_by_another_with_the_same_bytes(place, bundle, step):
+    job = place.ask(plan=TAIL)
+    child = multiprocessing.get_context("fork").Process(target=die_at, args=(place.config, step))
+    child.start()
+    child.join(30)
+    assert child.exitcode == -signal.SIGKILL
+    assert place.store.get(job, None).state == "running"
+    worker = start_worker(place.config)
+    done = place.wait(job)
+    worker.stop()
+    assert (done.state, done.attempt) == ("completed", 2)
+    assert done.result["latents_sha256"] == expected_digest(bundle, TAIL)
+    assert place.steps_taken(job) == list(range(1, done.num_steps + 1))  # no step was taken twice
+
+
+def test_a_worker_that_is_told_to_stop_gives_its_job_back_within_a_step(place, bundle):
+    job = place.ask(plan=TAIL)
+    first = place.worker()
+    (engine,) = first.engines.values()
+    take = engine.step
+
+    def stopping(request, i, x, text):
+        if i == 3:
+            first.stopping.set()  # in the middle of the step
+        return take(request, i, x, text)
+
+    engine.step = stopping
+    first.start()
+    place.wait(job, until=lambda job: job.step == 4 and job.owner is None)
+    first.stop()
+    assert place.store.get(job, None).saved["step"] == 4
+    assert place.store.workers() == []
+    second = start_worker(place.config)
+    done = place.wait(job)
+    second.stop()
+    assert done.result["latents_sha256"] == expected_digest(bundle, TAIL)
+    assert place.steps_taken(job) == list(range(1, done.num_steps + 1))
+    assert done.strikes == 0
+
+
+def test_stages_in_pools_of_their_own_make_the_same_video(place, bundle):
+    pools = [start_worker(place.config, (stage,)) for stage in STAGES]
+    done = place.wait(place.ask(plan="4"))
+    for pool in pools:
+        pool.stop()
+    assert done.result["latents_sha256"] == expected_digest(bundle, "4")
+
+
+def test_a_cancelled_video_costs_at_most_one_more_step(place):
+    job = place.ask(plan=TAIL)
+    worker = place.worker()
+    (engine,) = worker.engines.values()
+    take, taken = engine.step, []
+
+    def cancelled(request, i, x, text):
+        taken.append(i)
+        if i == 2:
+            place.store.cancel(job, None)
+        return take(request, i, x, text)
+
+    engine.step = cancelled
+    worker.start()
+    other = place.ask(plan="1")
+    assert place.wait(other).state == "completed"  # the worker is free again
+    worker.stop()
+    assert taken[:-1] == [0, 1, 2]
+    assert place.store.get(job, None).state == "cancelled"
+    Janitor(place.database, place.files, place.config.keep, 1.0).round(place.catalog.labels)
+    assert place.files.folders("work") == []
+
+
+def test_what_would_fail_again_fails_once(place):
+    worker = place.worker()
+    (engine,) = worker.engines.values()
+    engine.step = lambda request, i, x, text: (x * float("nan"), x)
+    worker.start()
+    job = place.wait(place.ask())
+    worker.stop()
+    assert (job.state, job.error_code, job.attempt) == ("failed", "generation_failed", 1)
+    assert "NaN" in job.error_message
+
+
+def test_storage_that_is_away_for_a_while_costs_no_video(tmp_path, bundle):
+    place = Place(tmp_path, bundle, worker={"retry_after_s": 0.2, "strikes": 5})
+    root = Path(place.config.artifacts)
+    root.write_text("a file where the folder was")
+    worker = start_worker(place.config)
+    job = place.ask()
+    place.wait(job, until=lambda job: job.strikes > 0)
+    root.unlink()
+    done = place.wait(job)
+    worker.stop()
+    assert done.state == "completed"
+    assert done.attempt > 1
+
+
+def test_a_damaged_state_is_never_decoded(tmp_path, bundle):
+    place = Place(tmp_path, bundle, worker={"strikes": 2})
+    job = place.ask()
+    upstream = start_worker(place.config, ("encode", "denoise"))
+    place.wait(job, until=lambda job: job.stage == "decode")
+    upstream.stop()
+    (clean,) = Path(place.config.artifacts).glob("work/*/*-clean.safetensors")
+    damaged = bytearray(clean.read_bytes())
+    damaged[-1] ^= 1
+    clean.write_bytes(damaged)
+    decoder = start_worker(place.config, ("decode",))
+    done = place.wait(job)
+    decoder.stop()
+    assert (done.state, done.error_code) == ("failed", "internal_error")
+
+
+@pytest.mark.parametrize(("every_s", "saved"), [(0.0, [1, 2, 3]), (60.0, [])])
+def test_the_state_is_saved_as_often_as_the_settings_say(tmp_path, bundle, every_s, saved):
+    place = Place(tmp_path, bundle, worker={"checkpoint_every_s": every_s})
+    worker = start_worker(place.config, ("encode", "denoise"))
+    job = place.ask(plan="4")
+    place.wait(job, until=lambda job: job.stage == "decode")
+    worker.stop()
+    names = [path.stem.partition("-")[2] for path in Path(place.config.artifacts).glob("work/*/*")]
+    assert sorted(names) == sorted([*map(str, saved), "clean", "text"])
+
+
+def test_a_new_version_is_loaded_beside_the_old_one(tmp_path, bundle):
+    place = Place(tmp_path, bundle)
+    worker = place.worker()
+    (old,) = worker.engines.values()
+    second = save_untrained_bundle(tmp_path, name="second", seed=3)
+    worker.hold({"tiny": str(bundle), "second": str(second)})
+    assert old in worker.engines.values()
+    assert len(worker.engines) == 2
+    worker.hold({"second": str(second)})
+    assert [engine.card.name for engine in worker.engines.values()] == ["second"]
+    shutil.rmtree(second / "codec")
+    with pytest.raises(Exception, match="missing"):
+        worker.hold({"tiny": str(bundle), "again": str(second)} | {"x": str(tmp_path / "none")})
+    assert [engine.card.name for engine in worker.engines.values()] == ["second"]
+
+
+@pytest.mark.parametrize("previews", ["codec", "linear", "off"])
+def test_previews_are_small_pictures_of_the_prediction(tmp_path, bundle, previews):
+    place = Place(tmp_path, bundle, worker={"previews": previews})
+    worker = start_worker(place.config)
+    job = place.wait(place.ask(plan="4"))
+    worker.stop()
+    frames = [data for _, kind, data in place.store.events(job.id, 0) if kind == "video.partial_frame"]
+    assert [frame["step"] for frame in frames] == ([] if previews == "off" else [1, 2, 3])
+    sizes = {"codec": (32, 32), "linear": (4, 4)}
+    for frame in frames:
+        with Image.open(io.BytesIO(base64.b64decode(frame["b64_json"]))) as picture:
+            assert picture.size == sizes[previews]
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 31)])
+def test_encoded_frames_come_back(size):
+    ramp = np.linspace(0, 255, size[0] * size[1]).reshape(*size, 1).astype(np.uint8)
+    frames = np.stack([np.roll(ramp, shift, 0).repeat(3, 2) for shift in range(5)])
+    with av.open(io.BytesIO(video.mp4(frames, 5, {"seed": 1}))) as container:
+        back = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        assert container.metadata["comment"] == '{"seed": 1}'
+    assert back.shape == frames.shape
+    assert np.abs(back.astype(int) - frames).mean() < 12
+    with Image.open(io.BytesIO(video.spritesheet(frames))) as sheet:
+        assert sheet.size == (3 * size[1], 2 * size[0])
