@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,3 +262,40 @@ def test_pictures_of_the_video(client, video, variant, size):
     with pytest.raises(openai.BadRequestError) as refused:
         client.videos.download_content(video["id"], variant="poster")
     assert (refused.value.code, refused.value.param) == ("invalid_value", "variant")
+
+
+def test_models_say_what_may_be_asked_of_them(server, client):
+    models = client.models.list().data
+    assert [one.id for one in models] == ["tiny", "broken"]
+    about = models[0].to_dict()["x_raydistill"]
+    assert (about["steps"], about["default_plan"], about["fps"]) == ([1, 2, 4, 8], "4", 8)
+    assert about["shapes"] == [{"size": "32x32", "num_frames": 16}]
+    assert about["plans"]["2"] == {"num_steps": 2, "passes": 2, "experts": ["semantic", "detail"]}
+    assert about["bundles"] == {server.ingress.catalog.labels[0]: 1.0}
+    assert client.models.retrieve("tiny").to_dict() == models[0].to_dict()
+    for plan in about["plans"]:  # nothing is promised that is not accepted
+        given = client.videos.create(prompt=PROMPT, model="tiny", extra_body={"plan": plan})
+        assert given.to_dict()["x_raydistill"]["num_steps"] == about["plans"][plan]["num_steps"]
+        client.videos.delete(given.id)
+
+
+def test_health_and_the_schema_need_nothing(server):
+    assert ask(server, "GET", "/health").json == {"status": "ok"}
+    ready = ask(server, "GET", "/ready")
+    assert (ready.status, ready.json["status"], ready.json["models"]) == (200, "ready", ["tiny", "broken"])
+    schema = ask(server, "GET", "/openapi.json").json
+    body = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    assert body.keys() == {"application/json", "multipart/form-data"}
+    assert body["application/json"]["schema"]["required"] == ["prompt"]
+
+
+def test_an_error_of_ours_names_the_request_for_the_log(server, caplog):
+    given = made(server)
+    shutil.rmtree(Path(server.config.artifacts) / "videos" / given["id"])
+    answer = ask(server, "GET", f"/v1/videos/{given['id']}/content")
+    assert (answer.status, answer.code) == (500, "internal_error")
+    assert answer.headers["x-request-id"] in answer.json["error"]["message"]
+    assert "artifacts" not in answer.body.decode()
+    assert any(record.exc_info for record in caplog.records)
+    own = ask(server, "GET", f"/v1/videos/{given['id']}/content", headers={"x-request-id": "mine-1"})
+    assert own.json["error"]["message"].endswith("mine-1")
