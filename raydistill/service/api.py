@@ -31,7 +31,13 @@ from raydistill.service.store import JobStore
 from raydistill.service.tables import Job, open_database
 
 PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {"": "index.html", "page.js": "page.js", "page.css": "page.css"}
+PAGE_FILES = {path.name for path in PAGE.iterdir()}
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "cache-control": "no-cache",  # after an upgrade no old script with a new page
+    "x-content-type-options": "nosniff",
+}
 ID = re.compile(r"video_[0-9a-f]{32}")
 POLL_MS = (250, 5000)
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -243,9 +249,9 @@ class Routes:
     async def content(self, request: Request, video_id: str, variant: str = "video") -> Response:
         """Answer with the video's bytes, its thumbnail or its spritesheet."""
         job, _ = await self._find(request, video_id)
-        return await run_in_threadpool(
-            content, job, variant, request, self.on.files, redirect=self.on.config.redirect
-        )
+        # The page reads the bytes here: it may not, and cannot, fetch them from the storage's host.
+        redirect = self.on.config.redirect and request.query_params.get("redirect") != "0"
+        return await run_in_threadpool(content, job, variant, request, self.on.files, redirect=redirect)
 
     async def events(self, request: Request, video_id: str) -> Response:
         """Follow a video: server-sent events, replayed after Last-Event-ID."""
@@ -300,16 +306,13 @@ class Routes:
 
     async def index(self) -> Response:
         """The web page."""
-        return await self.page("")
+        return await self.page("index.html")
 
     async def page(self, name: str) -> Response:
         """A part of the web page."""
         if name not in PAGE_FILES:
             raise RequestRefused(404, "not_found", "there is nothing at this address")
-        policy = (
-            "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'"
-        )
-        return FileResponse(PAGE / PAGE_FILES[name], headers={"content-security-policy": policy})
+        return FileResponse(PAGE / name, headers=PAGE_HEADERS)
 
 
 def _id(video_id: str) -> str:

@@ -13,7 +13,7 @@ def progress(job: Job) -> int:
     """Percent done, 100 only when it is there."""
     if job.state == "completed":
         return 100
-    return 0 if job.state == "queued" else percent(job.stage, job.step, job.num_steps)
+    return 0 if job.started_at is None else percent(job.stage, job.step, job.num_steps)
 
 
 def percent(stage: str, step: int, num_steps: int) -> int:

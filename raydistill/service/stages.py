@@ -74,7 +74,7 @@ class Stages:
                 expert=engine.expert(job.request["plan"], i),
                 timings=timings,
                 saved=state,
-                preview=None if last else self._preview(engine, x0, i + 1),
+                preview=None if last else self._preview(lease, engine, x0, i),
             )
         digest = hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()
         saved = {"latents": self._save(lease, "clean", x), "step": job.num_steps, "latents_sha256": digest}
@@ -121,12 +121,13 @@ class Stages:
     def _load(self, entry: dict[str, Any]) -> Tensor:
         return load(self.files.read(entry))["tensor"]
 
-    def _preview(self, engine: Engine, x0: Tensor, step: int) -> dict[str, Any] | None:
+    def _preview(self, lease: Lease, engine: Engine, x0: Tensor, i: int) -> dict[str, Any] | None:
         picture = engine.preview(x0)
         if picture is None:
             return None
         data = base64.b64encode(video.webp(picture, self.config.preview_side)).decode()
-        return {"b64_json": data, "index": step - 1, "step": step, "format": "webp"}
+        expert = engine.expert(lease.job.request["plan"], i)
+        return {"b64_json": data, "index": i, "step": i + 1, "expert": expert, "format": "webp"}
 
 
 STAGES = {"encode": Stages.encode, "denoise": Stages.denoise, "decode": Stages.decode}

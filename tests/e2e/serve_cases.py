@@ -51,7 +51,7 @@ class Served:
         file.write_text(yaml.safe_dump(self.config), encoding="utf-8")
         self._serve("deploy", str(file))
         for _ in range(360):
-            status = json.loads(json.dumps(yaml.safe_load(self._serve("status"))))
+            status = yaml.safe_load(self._serve("status"))
             state = status["applications"]["raydistill"]["status"]
             assert state != "DEPLOY_FAILED", status
             if state == "RUNNING" and self.answers():
@@ -124,7 +124,7 @@ class Served:
 @contextlib.contextmanager
 def served(folder: Path, bundles: dict[str, str], **environment: str):
     """Ray, Serve and the application in their own processes."""
-    (port,) = free_ports(1)
+    port = free_ports(8)[-1]  # the first ones are the head's
     guard = {
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raydistill.service.guard.in_proxy",
         "RAYDISTILL_GUARD": json.dumps({"body_timeout_s": 5}),

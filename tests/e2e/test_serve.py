@@ -108,9 +108,10 @@ def test_a_canary_takes_its_share_and_is_rolled_back_without_loading_again(serve
     args = server.config["applications"][0]["args"]
     folder = server.folder
     bundles = {"first": args["bundles"]["first"], "second": str(folder / "second")}
-    server.wait(server.create())
-    before = {one["pid"] for one in server.workers()}
-    assert before
+    scaling = deployment(server.config, "Sampler")["autoscaling_config"]
+    scaling["min_replicas"] = 1  # it shall not go for want of work meanwhile
+    server.deploy()
+    before = {one["pid"] for one in server.wait_for_workers(lambda workers: workers)}
 
     def switch(**weights):
         for name in ("Ingress", "Sampler", "Janitor"):
@@ -135,6 +136,8 @@ def test_a_canary_takes_its_share_and_is_rolled_back_without_loading_again(serve
     switch(first=1.0, second=0.0)
     assert versions(12) == {"first": 12}
     assert before & {one["pid"] for one in server.workers()}, "the weights were loaded anew"
+    scaling["min_replicas"] = 0
+    server.deploy()
 
 
 def test_stalled_connections_do_not_hold_up_honest_ones(server):

@@ -241,7 +241,7 @@ class Server {
   }
 
   async media(id, variant, signal) {
-    const response = await this.fetch(`v1/videos/${id}/content?variant=${variant}`, { signal });
+    const response = await this.fetch(`v1/videos/${id}/content?variant=${variant}&redirect=0`, { signal });
     return response.blob();
   }
 
