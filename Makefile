@@ -1,6 +1,7 @@
 # Everything a person or a machine runs. Each target installs first, once, into a .venv of its own.
 #
 #   make distill    the main job on the small world: prepare, distil, baseline, evaluate
+#   make serve      the student of `make distill` over HTTP, on this machine, until Ctrl-C
 #   make test       all tests                       make check    format, lint, types, layers
 #   make bench      ratios to bare loops            make clean    all that these commands made
 
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install distill test test-unit test-cluster check format bench clean
+.PHONY: install distill serve test test-unit test-cluster check format bench clean
 
 install: $(INSTALLED)
 
@@ -31,6 +32,13 @@ distill: install
 	python jobs/distill.py --config jobs/tiny/distill.yaml
 	python jobs/distill.py --config jobs/tiny/single.yaml
 	python jobs/evaluate.py --config jobs/tiny/evaluate.yaml
+
+# Without a student there, one is distilled first.
+serve: install
+	test -f runs/tiny/dual/student/student.json || { python jobs/prepare.py --config jobs/tiny/prepare.yaml && \
+		python jobs/distill.py --config jobs/tiny/distill.yaml; }
+	python jobs/export.py --config jobs/tiny/export.yaml
+	sh serve/tiny.sh
 
 test: test-unit test-cluster
 

@@ -45,6 +45,7 @@ def main() -> None:
             name=config.bundle_name,
             fps=config.fps,
             teacher=config.teacher or None,
+            teacher_steps=config.teacher_steps,
             sizes=config.sizes,
             scores=config.scores or None,
             default_plan=config.default_plan or None,

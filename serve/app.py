@@ -143,13 +143,16 @@ class Janitor:
 def app(args: dict[str, Any]) -> Application:
     """Build the application of a Serve config's `args`: the settings of `raydistill/config/serve.py`.
 
-    Refuses wrong settings, and bundles that are not there, before anything is deployed.
+    Refuses wrong settings, and bundles that are not as they were exported, before anything is deployed.
     """
+    from raydistill.service.bundle import verify_bundle
     from raydistill.service.catalog import Catalog
 
     config = read_args(args)
     given = {**to_args(config), "bundles": _absolute(config.bundle_table())}
     given |= {name: _place(given[name]) for name in ("store", "artifacts", "logs")}
+    for folder in given["bundles"].values():
+        verify_bundle(folder)
     Catalog.read(given["bundles"], config.models)
     return Ingress.bind(given, Janitor.bind(given), *_samplers(config, given))
 

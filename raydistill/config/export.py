@@ -7,7 +7,7 @@ from pathlib import PurePath
 from omegaconf import MISSING
 
 from raydistill.config.checks import at_least
-from raydistill.errors import InvalidValue
+from raydistill.errors import InvalidValue, MissingValue
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -23,6 +23,9 @@ class ExportConfig:
     teacher: str = ""
     """Folder of the student's teacher: copied if a plan with its tail or a motion student needs it. Without,
     such plans are left out."""
+    teacher_steps: tuple[int, ...] = ()
+    """Also offer the teacher itself with so many steps, as plans `teacher50` ...: what the student stands in
+    for, to compare with. Needs teacher."""
     output: str = MISSING
     """Folder to write. The bundle that is there already is left as it is; another is never overwritten."""
     name: str = ""
@@ -43,6 +46,10 @@ class ExportConfig:
         at_least("fps", self.fps, 1)
         for size in self.sizes:
             require_size(size)
+        for steps in self.teacher_steps:
+            at_least("teacher_steps", steps, 1)
+        if self.teacher_steps and not self.teacher:
+            raise MissingValue("teacher", "plans of the teacher were asked for: name its folder")
         if self.name:
             require_name(self.name)
 

@@ -59,8 +59,6 @@ class AuthConfig:
     by its name server."""
     failures_per_minute: int = 20
     """Wrong keys that one address may try; then 429 for the rest of the minute."""
-    urls: bool = False
-    """Whether the server may fetch what a request names by URL. No bundle takes such an input yet."""
 
     def __post_init__(self):
         """Check ranges."""

@@ -5,6 +5,7 @@ Nothing here computes: a request is checked, written, read. So any replica answe
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -236,8 +237,9 @@ class Routes:
         """Remove a video; work on it is stopped at the next step."""
         caller = await self._allowed(request, "generate")
         job = await run_in_threadpool(self.on.store.delete, _id(video_id), caller.mine)
-        for folder in ("videos", "work"):  # what is written after this, the janitor finds
-            await run_in_threadpool(self.on.files.remove, f"{folder}/{job.id}")
+        for folder in ("videos", "work"):
+            with suppress(OSError):  # a worker is just writing there: the janitor removes what is left
+                await run_in_threadpool(self.on.files.remove, f"{folder}/{job.id}")
         return Json({"id": job.id, "object": "video.deleted", "deleted": True})
 
     async def cancel(self, request: Request, video_id: str) -> Response:

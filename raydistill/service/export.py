@@ -24,7 +24,7 @@ from raydistill.errors import (
 from raydistill.models.codec import FrameCodec, WanCodec, load_codec
 from raydistill.models.teacher import read_teacher_config, require_fit
 from raydistill.models.text import WordVectors
-from raydistill.sampler import SamplingPlan, keyed_noise, sample
+from raydistill.sampler import SamplingPlan, keyed_noise, sample, teacher_plan
 from raydistill.service.bundle import (
     CODEC,
     STUDENT,
@@ -75,13 +75,14 @@ def export_bundle(
     name: str,
     fps: int,
     teacher: str | Path | None = None,
+    teacher_steps: Sequence[int] = (),
     sizes: Sequence[tuple[int, int, int]] = (),
     scores: str | Path | None = None,
     default_plan: str | None = None,
 ) -> Exported:
     """Check everything, copy it beside `output`, rename; the same bundle there already is left as it is.
 
-    sizes: further (frames, height, width) in pixels. scores: output folder of jobs/evaluate.py. Plans that
+    teacher_steps: of plans that are the teacher's alone. sizes: further (frames, height, width) in pixels. scores: output folder of jobs/evaluate.py. Plans that
     need a teacher are left out without one.
     Raises MissingValue for a student that is nothing without its teacher, InvalidValue for a setting that
     does not fit and for an `output` that holds something else, and an ArtifactError for what cannot be read,
@@ -89,6 +90,7 @@ def export_bundle(
     """
     require_name(name)
     stored, all_plans = read_card(Path(student))
+    all_plans |= {f"{TEACHER}{steps}": teacher_plan(steps, stored.grid) for steps in teacher_steps}
     plans = _kept(stored, all_plans, teacher)
     loaded, decoder = load_student(student, teacher), load_codec(codec)
     loaded.require_codec(codec)

@@ -84,6 +84,8 @@ class Leases:
                 claimed = None
             else:
                 ended, claimed = None, self._take(connection, job, abandoned)
+            if abandoned:
+                self.journal.count(connection, "takeovers", _labels(job))
         if ended is not None:
             say("failed", ended, code="internal_error")
         if claimed is None:

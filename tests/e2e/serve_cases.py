@@ -18,19 +18,21 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red circle moves slowly left over a plain background"
 
 
-def serve_config(folder: Path, bundles: dict[str, str], port: int) -> dict:
+def serve_config(folder: Path, bundles: dict[str, str], port: int, pipeline: str) -> dict:
     """serve/tiny.yaml with everything of it in `folder`, and quick to notice what happens."""
     config = yaml.safe_load((ROOT / "serve" / "tiny.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = port
     (application,) = config["applications"]
     store = f"sqlite:///{folder}/jobs.sqlite"
     application["args"] |= {"store": store, "artifacts": f"{folder}/artifacts", "logs": f"{folder}/logs"}
-    application["args"] |= {"bundles": bundles}
+    application["args"] |= {"bundles": bundles, "pipeline": pipeline}
     application["args"]["worker"] |= {"lease_s": 2, "heartbeat_s": 0.5, "strikes": 10}
     application["args"]["limits"] |= {"body_timeout_s": 5}
     scaling = deployment(config, "Sampler")["autoscaling_config"]
     scaling |= {"upscale_delay_s": 0.5, "downscale_delay_s": 5, "downscale_to_zero_delay_s": 5}
     scaling["policy"]["policy_kwargs"] = {"store": store, "drain_s": 2}
+    if pipeline == "staged":  # a pool for each stage, with what is in serve/app.py
+        application["deployments"] = [one for one in application["deployments"] if one["name"] != "Sampler"]
     return config
 
 
@@ -122,15 +124,15 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(folder: Path, bundles: dict[str, str], **environment: str):
+def served(folder: Path, bundles: dict[str, str], pipeline: str = "monolithic"):
     """Ray, Serve and the application in their own processes."""
     port = free_ports(8)[-1]  # the first ones are the head's
     guard = {
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raydistill.service.guard.in_proxy",
         "RAYDISTILL_GUARD": json.dumps({"body_timeout_s": 5}),
     }
-    with ray_head(PYTHONPATH=str(ROOT), **guard, **environment) as (address, clients):
-        running = Served(folder, address, clients, serve_config(folder, bundles, port))
+    with ray_head(PYTHONPATH=str(ROOT), **guard) as (address, clients):
+        running = Served(folder, address, clients, serve_config(folder, bundles, port, pipeline))
         running.deploy()
         yield running
 

@@ -275,6 +275,17 @@ def test_names_are_fit_for_addresses(made, tmp_path):
         from_command_line(ExportConfig, ["student=s", "output=a/b", "sizes=[[16,32]]"])
 
 
+def test_the_teacher_itself_can_be_a_plan_beside_the_students(made, tmp_path):
+    bundle = export_again(made, tmp_path / "with", teacher_steps=[3, 50]).card
+    assert {"teacher3", "teacher50"} < set(bundle.plans)
+    plan = bundle.plans["teacher3"]
+    assert (plan.num_steps, plan.passes, plan.experts) == (3, 6, ("teacher",))
+    without = export_again(made, tmp_path / "without", teacher=None, teacher_steps=[3])
+    assert "plan teacher3: it needs the teacher, and none was given: teacher=FOLDER" in without.left_out
+    with pytest.raises(MissingValue, match="teacher must be given"):
+        ExportConfig(student="s", output="o", teacher_steps=(3,))
+
+
 def test_the_job_says_what_it_wrote_and_what_it_left_out(made, tmp_path, monkeypatch, capsys):
     student, _ = sources_of(made)
     arguments = [f"student={student}", f"codec={CODEC}", f"output={tmp_path}/b", "sizes=[[32,32,32]]"]

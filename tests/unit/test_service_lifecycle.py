@@ -24,13 +24,13 @@ from raydistill.service.upkeep import Janitor
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 PROMPT = "a green triangle moves right"
 LONG = {"plan": "2+tail"}
-"""Hundreds of steps in the bundle made here."""
+"""More than a thousand steps in the bundle made here."""
 EXTENDED = {"x-raydistill-extended-status": "1"}
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return save_untrained_bundle(tmp_path_factory.mktemp("bundle"), grid=TimeGrid(1000))
+    return save_untrained_bundle(tmp_path_factory.mktemp("bundle"), grid=TimeGrid(4000))
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +113,20 @@ def test_work_on_what_is_no_longer_wanted_stops_at_the_next_step(serve, method, 
     assert ask(server, method, f"/v1/videos/{first}{path}").status == 200
     ended, passes = time.monotonic(), total(server, "passes_total")
     second = made(server, num_inference_steps=1)  # waits for the thread that denoises
-    assert time.monotonic() - ended < left_s / 2
-    assert second["x_raydistill"]["timings"]["queue_s"] < left_s / 2
+    assert time.monotonic() - ended < left_s / 5
+    assert second["x_raydistill"]["timings"]["queue_s"] < left_s / 5
     assert total(server, "passes_total") == passes + 1
     assert total(server, "jobs_cancelled_total") == 1
     assert total(server, "running_jobs") == total(server, "leased_jobs") == 0
     if method == "DELETE":
         assert ask(server, "GET", f"/v1/videos/{first}").code == "video_not_found"
+
+
+def test_deleting_never_meets_the_worker_that_saves_the_state(server):
+    for _ in range(20):
+        begun = create(server, **LONG)["id"]
+        until(lambda one=begun: show(server, one)["x_raydistill"]["step"])
+        assert ask(server, "DELETE", f"/v1/videos/{begun}").json["deleted"]
 
 
 def test_what_was_cancelled_has_failed_for_strict_clients(serve):

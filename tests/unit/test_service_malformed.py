@@ -120,6 +120,11 @@ def run(target, law, examples: int, **strategies) -> Counter[str]:
     return target.codes
 
 
+def mixed(*choices):
+    """Choose among strategies, each given with how often."""
+    return st.sampled_from([one for often, one in choices for _ in range(often)]).flatmap(lambda one: one)
+
+
 TEXT = st.text(st.characters(exclude_categories=()), max_size=30)  # with lone surrogates
 ODD_TEXT = st.sampled_from(
     ["", " ", "\0", "\ud800", "\u202eabc", "a\nb", "../../etc/passwd", "%00", "'; DROP TABLE jobs; --",
@@ -140,10 +145,9 @@ NUMBER = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 PLAIN = st.none() | st.booleans() | NUMBER | TEXT | ODD_TEXT
 TREE = st.recursive(PLAIN, lambda one: st.lists(one, max_size=3) | st.dictionaries(TEXT, one, max_size=3))
 DUMPED = TREE.map(lambda value: json.dumps(value).encode())
-# Behind a map, the branches of a choice do not become branches of the choice around it.
-VALUE = st.one_of(ODD_JSON, ODD_JSON, ODD_JSON, DUMPED, DUMPED, DUMPED, RARE).map(bytes)
+VALUE = mixed((6, ODD_JSON), (4, DUMPED), (1, RARE))
 OURS = st.sampled_from([*FIELDS, *WRAPPERS])
-NAME = st.one_of(OURS, OURS, OURS, OURS, OURS, OURS, TEXT, ODD_TEXT).map(str)
+NAME = mixed((8, OURS), (1, TEXT), (1, ODD_TEXT))
 
 
 def as_object(pairs) -> bytes:
@@ -153,7 +157,7 @@ def as_object(pairs) -> bytes:
 
 PAIRS = st.lists(st.tuples(NAME, VALUE), max_size=3)
 PROMPTED = PAIRS.map(lambda pairs: as_object([("prompt", b'"a"'), *pairs]))
-BODY = st.one_of(*[PROMPTED] * 8, PAIRS.map(as_object), VALUE, st.binary(max_size=60))
+BODY = mixed((12, PROMPTED), (1, PAIRS.map(as_object)), (1, VALUE), (1, st.binary(max_size=60)))
 JSON = b"application/json"
 TYPES = [
     b"application/json; charset=utf-16", b"", b"text/plain", b"application/xml", b"\xff",
@@ -174,17 +178,14 @@ def test_bodies(target, memory):
     target.is_well(memory)
 
 
-PART_NAME = st.one_of(
-    OURS,
-    OURS,
-    st.sampled_from(
-        ["a[", "a]", "[]", "prompt[]", "prompt[a]", "a[b][c][d][e][f]", "extra_params[seed]", "a[[b]]",
-         "[a]", "a" * 10_000, "extra_params[seed][]", "extra_params[a][b]", "extra_params[prompt]"]
-    ),
-    TEXT,
+BRACKETS = st.sampled_from(
+    ["a[", "a]", "[]", "prompt[]", "prompt[a]", "a[b][c][d][e][f]", "extra_params[seed]", "a[[b]]",
+     "[a]", "a" * 10_000, "extra_params[seed][]", "extra_params[a][b]", "extra_params[prompt]"]
 )  # fmt: skip
 PART = st.tuples(
-    PART_NAME, TEXT | ODD_TEXT, st.sampled_from(["", "", "", '; filename="a.png"', "; filename*=x''y"])
+    mixed((3, OURS), (2, BRACKETS), (1, TEXT)),
+    TEXT | ODD_TEXT,
+    st.sampled_from(["", "", "", '; filename="a.png"', "; filename*=x''y"]),
 )
 BOUNDARIES = [b"; boundary=x"] * 6 + [b"", b"; boundary=", b"; boundary=y", b"; charset=idna; boundary=x"]
 
@@ -227,9 +228,11 @@ def test_forms(target, memory):
     target.is_well(memory)
 
 
-METHODS = [b"GET"] * 6 + [b"POST"] * 4 + [b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"HEAD", b"TRACE"]
-ONE = [f"/v1/videos/{{}}{action}" for action in ("", "/content", "/events", "/cancel", "/remix")]
-PATHS = [*ONE, *ONE, *["/v1/videos"] * 3, "/{}", "/v1/{}", "/v1/models/{}", "//{}", "/v1/admin/{}"]
+METHODS = [b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"HEAD", b"TRACE"]
+READ = [(b"GET", f"/v1/videos/{{}}{part}") for part in ("", "/content", "/events")]
+CHANGED = [(b"POST", "/v1/videos/{}/cancel"), (b"POST", "/v1/videos/{}/remix"), (b"DELETE", "/v1/videos/{}")]
+CALLS = [*READ, *CHANGED, *[(b"GET", "/v1/videos")] * 4, (b"POST", "/v1/videos"), (b"GET", "/v1/models/{}")]
+PATHS = [path for _, path in CALLS] + ["/{}", "/v1/{}", "//{}", "/v1/admin/{}", "/v1/videos/{}/{}"]
 ODD_ID = st.sampled_from(
     ["..", "%2e%2e", "..%2f..%2fetc%2fpasswd", "%00", "%", "%zz", "%ff", "video_", "video_" + "0" * 32,
      "/", "sync", "video_" + "g" * 32, "a" * 9000, "%0d%0aset-cookie:x", "*", "video_%00", "'",
@@ -241,7 +244,8 @@ QUERY = st.sampled_from(
      "order=asc&order=desc", "after=x", "after=%00", "after=video_" + "0" * 32, "variant=x", "variant=",
      "variant=video&variant=x", "&&&", "limit=100&after=", "%00=%00", "a=" + "b" * 9000, "=",
      "limit=1&limit=x"]
-) | TEXT.map(lambda text: quote(text, safe="=&", errors="replace"))  # fmt: skip
+)  # fmt: skip
+OTHER_QUERY = TEXT.map(lambda text: quote(text, safe="=&", errors="replace"))
 SHOWN = st.binary(max_size=40).map(lambda raw: bytes(b for b in raw if b >= 0x20 and b != 0x7F))
 RAW = SHOWN | st.sampled_from(
     [b"bytes=", b"bytes=-", b"bytes=9-1", b"bytes=" + b"9" * 300 + b"-", b"bytes=0-0,1-1", b"bytes=\xb2-",
@@ -256,17 +260,19 @@ HEADER = st.sampled_from(
 
 
 def test_addresses_methods_and_headers(target, memory):
-    def law(method, path, name, query, headers, ours):
-        filled = path.format(target.ended if ours and method != b"DELETE" else name)
+    def law(call, name, query, headers, ours):
+        method, path = call
+        filled = path.format(*[target.ended if ours and method != b"DELETE" else name] * 2)
         good = path in ("/v1/videos", "/v1/videos/{}/remix")  # elsewhere it might be answered with a video
-        body = (b'{"prompt": "a"}' if good else b"{}") if method in (b"POST", b"PUT") else None
+        body = None if method == b"GET" else b'{"prompt": "a"}' if good else b"{}"
         target.obeys(method, f"{filled}?{query}".encode("ascii", "ignore"), headers, body)
 
     strategies = {
-        "method": st.sampled_from(METHODS),
-        "path": st.sampled_from(PATHS),
+        "call": mixed(
+            (4, st.sampled_from(CALLS)), (1, st.tuples(st.sampled_from(METHODS), st.sampled_from(PATHS)))
+        ),
         "name": ID,
-        "query": QUERY,
+        "query": mixed((4, QUERY), (1, OTHER_QUERY)),
         "headers": st.lists(st.tuples(HEADER, RAW), max_size=3),
         "ours": st.booleans(),
     }

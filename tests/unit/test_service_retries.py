@@ -145,7 +145,11 @@ def test_every_refusal_has_its_code_and_class(serve):
     refused = [
         (openai.BadRequestError, "prompt_too_long", lambda: client.videos.create(prompt="a" * 2001)),
         (openai.BadRequestError, "invalid_value", lambda: client.videos.list(limit=101)),
-        (openai.BadRequestError, "invalid_value", lambda: client.videos.list(limit=int("9" * 100))),
+        (
+            openai.BadRequestError,
+            "invalid_value",
+            lambda: client.get(f"/videos?limit={'9' * 5000}", cast_to=dict),
+        ),
         (openai.AuthenticationError, "invalid_api_key", official(server.url, "rd-wrong").models.list),
         (
             openai.PermissionDeniedError,

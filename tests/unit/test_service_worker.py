@@ -15,6 +15,7 @@ import pytest
 from bundle_cases import save_untrained_bundle
 from PIL import Image
 from service_cases import start_worker
+from store_cases import new_database, postgres
 from worker_cases import Place, expected_digest
 
 from raydistill.service import video
@@ -29,7 +30,7 @@ TAIL = "2+tail"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return save_untrained_bundle(tmp_path_factory.mktemp("bundle"))
+    return save_untrained_bundle(tmp_path_factory.mktemp("bundle"), teacher_steps=[3])
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def place(tmp_path, bundle):
     return Place(tmp_path, bundle)
 
 
-@pytest.mark.parametrize("plan", ["1", "4", TAIL])
+@pytest.mark.parametrize("plan", ["1", "4", TAIL, "teacher3"])
 def test_a_video_is_what_the_bare_sampler_makes(place, bundle, plan):
     worker = start_worker(place.config)
     job = place.wait(place.ask(plan=plan))
@@ -121,6 +122,19 @@ def test_stages_in_pools_of_their_own_make_the_same_video(place, bundle):
     for pool in pools:
         pool.stop()
     assert done.result["latents_sha256"] == expected_digest(bundle, "4")
+
+
+def test_on_postgres_the_video_is_the_same(tmp_path, bundle):
+    with postgres() as server:
+        place = Place(tmp_path, bundle, store=new_database(server))
+        workers = [start_worker(place.config) for _ in range(2)]
+        jobs = [place.ask(plan="4") for _ in range(6)]
+        done = [place.wait(job) for job in jobs]
+        for worker in workers:
+            worker.stop()
+        place.database.engine.dispose()
+    assert {job.result["latents_sha256"] for job in done} == {expected_digest(bundle, "4")}
+    assert {job.attempt for job in done} == {1}
 
 
 def test_a_cancelled_video_costs_at_most_one_more_step(place):

@@ -8,7 +8,8 @@ import torch
 from service_cases import settings
 
 from raydistill.models.text import WordVectors
-from raydistill.sampler import keyed_noise, sample
+from raydistill.sampler import SamplingPlan, keyed_noise, sample
+from raydistill.service.bundle import read_bundle
 from raydistill.service.catalog import Catalog
 from raydistill.service.files import Files
 from raydistill.service.requests import parse, resolve
@@ -62,5 +63,6 @@ def expected_digest(bundle: Path, plan: str, seed: int = 7) -> str:
     noise_at = keyed_noise(seed, torch.zeros(1, dtype=torch.int64))
     noise = noise_at(0, (1, *student.card.latent_shape))
     text = WordVectors(*student.card.text_shape)([PROMPT])
-    made = sample(student.fields, student.schedule, student.plan(plan), noise, text, noise_at=noise_at)
+    stored = SamplingPlan.from_dict(read_bundle(bundle).plans[plan].to_dict())
+    made = sample(student.fields, student.schedule, stored, noise, text, noise_at=noise_at)
     return hashlib.sha256(made.numpy().tobytes()).hexdigest()
