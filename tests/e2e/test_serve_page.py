@@ -203,6 +203,8 @@ def test_a_prompt_with_markup_is_text_wherever_it_is_shown(server, visit):
     with page.expect_response(re.compile(r"/remix$")):
         page.get_by_role("button", name="Remix").click()
     expect(page.locator("#result .record")).to_contain_text("remix of")
+    page.locator("#result .record a").click()
+    expect(page.locator("#result .record")).not_to_contain_text("remix of")
     page.locator("#gallery .thumb").nth(1).click()
     playing(page, "#result")
     assert page.evaluate("() => window.ran") is None

@@ -123,7 +123,7 @@ def test_work_on_what_is_no_longer_wanted_stops_at_the_next_step(serve, method, 
 
 
 def test_deleting_never_meets_the_worker_that_saves_the_state(server):
-    for _ in range(20):
+    for _ in range(12):
         begun = create(server, **LONG)["id"]
         until(lambda one=begun: show(server, one)["x_raydistill"]["step"])
         assert ask(server, "DELETE", f"/v1/videos/{begun}").json["deleted"]

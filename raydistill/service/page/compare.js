@@ -8,8 +8,7 @@ import { plural } from "./words.js";
 /** Plays videos of one length in step: each round begins when all have come to their end. */
 class Playback {
   constructor(button) {
-    this.players = [];
-    this.button = button;
+    Object.assign(this, { button, players: [] });
     button.onclick = () => this.pause(!this.isPaused);
     this.pause(reducedMotion());
   }

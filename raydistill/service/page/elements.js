@@ -39,7 +39,7 @@ export function showProblem(element, error) {
   if (!error) return;
   const { code = "error", message, retryAfterS } = error;
   const at = new Date(Date.now() + retryAfterS * 1000).toLocaleTimeString();
-  const wait = retryAfterS ? ` Try again in ${retryAfterS} s, at ${at}.` : "";
+  const wait = retryAfterS ? `. Try again in ${retryAfterS} s, at ${at}` : "";
   element.replaceChildren(make("code", "", code), ` ${message}${wait}`);
 }
 

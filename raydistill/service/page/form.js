@@ -7,13 +7,6 @@ const FIELDS = ["prompt", "model", "steps", "plan", "shape", "seed"];
 // The field that a refused parameter is shown at, where it is called otherwise.
 const FIELD_OF = { num_inference_steps: "steps", size: "shape", num_frames: "shape" };
 
-/** Which bundles a model is served by, and how often where there are several. */
-function bundlesText(bundles) {
-  const served = Object.entries(bundles);
-  if (served.length === 1) return served[0][0];
-  return served.map(([label, weight]) => `${label} (weight ${weight})`).join(", ");
-}
-
 /** What an evaluation found of a plan, if there was one of the small world's captions. */
 function measured({ num_clips: numClips, num_seeds: numSeeds, figures }) {
   const right = figures["right/all"];
@@ -65,7 +58,7 @@ export class AskForm {
       const seconds = Number((frames / fps).toFixed(2));
       return new Option(`${size}, ${plural(frames, "frame")}, ${seconds} s`, i);
     });
-    byId("model-hint").textContent = `${kind}: ${bundlesText(bundles)}`;
+    byId("model-hint").textContent = `${kind}: ${Object.keys(bundles).join(", ")}`;
     this.fields.plan.replaceChildren(...options);
     this.fields.shape.replaceChildren(...sizes);
     this.fields.steps.max = steps.length - 1;

@@ -11,16 +11,12 @@ class Card {
     Object.assign(this, { root, parts });
     parts.open.onclick = () => open(this.video);
     // A deleted video does not come back: the first press asks.
-    parts.delete.onclick = () => {
-      if (parts.delete.dataset.asked) remove();
-      else this.label("Delete for good?", "yes");
+    const ask = (asked) => {
+      parts.delete.textContent = asked ? "Delete for good?" : "Delete";
+      parts.delete.classList.toggle("asked", asked);
     };
-    parts.delete.onblur = () => this.label("Delete");
-  }
-
-  label(text, asked = "") {
-    this.parts.delete.textContent = text;
-    this.parts.delete.dataset.asked = asked;
+    parts.delete.onclick = () => (parts.delete.classList.contains("asked") ? remove() : ask(true));
+    parts.delete.onblur = () => ask(false);
   }
 
   show(video) {

@@ -30,13 +30,6 @@ function installKeyForm() {
   });
 }
 
-function loadText({ status, queued, replicas, error }) {
-  if (error) return ["down", error.message];
-  const text = `${queued || "nothing"} queued, ${replicas ? plural(replicas, "replica") : "no replica yet"}`;
-  if (status !== "ready") return ["busy", `queue full, ${text}`];
-  return [replicas ? "ready" : "busy", text];
-}
-
 /** Wires the parts. */
 class Page {
   constructor() {
@@ -75,8 +68,7 @@ class Page {
   /** Send what the form holds. */
   async ask(button, send) {
     this.form.clearProblems();
-    if (!this.form.model) await this.load(); // the server was away when the page came
-    if (!this.form.model) return;
+    if (!this.form.model) return this.load(); // the server was away when the page came
     await attempt(() => send(this.form.values()), (error) => this.form.showProblem(error), button);
     this.beat();
   }
@@ -115,9 +107,12 @@ class Page {
   async beat() {
     clearTimeout(this.nextBeat);
     if (document.hidden) return;
-    const [state, text] = loadText(await server.load().catch(() => ({ error: server.noAnswer() })));
-    byId("load").dataset.state = state;
-    byId("load-text").textContent = text;
+    const { status, queued, replicas, error } = await server.load().catch((away) => ({ error: away }));
+    const isFull = status === "queue_full";
+    const made = replicas ? plural(replicas, "replica") : "no replica yet";
+    const text = `${isFull ? "queue full, " : ""}${queued || "nothing"} queued, ${made}`;
+    byId("load").dataset.state = error ? "down" : isFull || !replicas ? "busy" : "ready";
+    byId("load-text").textContent = error?.message ?? text;
     await this.gallery.refreshUnfinished();
     clearTimeout(this.nextBeat); // of a beat that was begun meanwhile
     this.nextBeat = setTimeout(() => this.beat(), BEAT_MS);

@@ -105,7 +105,9 @@ export class RunView {
     parts.bar.value = video.progress;
     parts.bar.hidden = parts.cancel.hidden = ended;
     parts.open.hidden = parts.remix.hidden = !ended;
-    if (ended) this.showEnd(video);
+    parts["remix-prompt"].value ||= video.prompt;
+    if (video.status === "failed") showProblem(parts.problem, video.error);
+    if (video.status === "completed") this.showTimings(video.x_raydistill.timings);
     const rows = recordRows(video).filter(([name]) => !this.isCompact || ["seed", "bundle"].includes(name));
     const items = rows.map(([name, value, title = ""]) => [
       make("dt", "", name),
@@ -115,15 +117,11 @@ export class RunView {
     this.hooks.changed(video);
   }
 
-  showEnd({ status, error, prompt, x_raydistill: { timings } }) {
-    const { parts } = this;
-    if (status === "failed") showProblem(parts.problem, error);
-    if (status === "completed") {
-      const [denoising, total] = [timings.denoise_s, timings.total_s].map(secondsText);
-      parts.facts.textContent = `${passesText(timings.passes)}, ${denoising} denoising, ${total} in all`;
-      parts.timings.replaceChildren(...timingsBar(timings));
-    }
-    parts["remix-prompt"].value ||= prompt;
+  showTimings(timings) {
+    const { passes, denoise_s: denoising, total_s: total } = timings;
+    const facts = `${passesText(passes)}, ${secondsText(denoising)} denoising,\n${secondsText(total)} in all`;
+    this.parts.facts.textContent = facts;
+    this.parts.timings.replaceChildren(...timingsBar(timings));
   }
 
   showPreview({ b64_json: data, step, format, expert }) {

@@ -30,11 +30,10 @@ async function ask(path, { headers, ...options } = {}) {
   if (savedKey()) all.authorization = `Bearer ${savedKey()}`;
   const response = await fetch(path, { ...options, headers: all }).catch(broken);
   if (response.ok) return response;
-  const { status } = response;
   const { error } = await response.json().catch(() => ({})); // a proxy's answer has no envelope
-  const told = { code: `http_${status}`, message: "the server answered with an error", ...error };
-  const refused = refusal(status, told, Number(response.headers.get("retry-after")));
-  if (status === 401) dispatchEvent(new CustomEvent("keywanted", { detail: refused }));
+  const told = { code: `http_${response.status}`, message: "the server answered with an error", ...error };
+  const refused = refusal(response.status, told, Number(response.headers.get("retry-after")));
+  if (response.status === 401) dispatchEvent(new CustomEvent("keywanted", { detail: refused }));
   throw refused;
 }
 
@@ -60,7 +59,7 @@ export const list = (after) =>
 export const models = async () => (await json("v1/models")).data;
 
 /** How full the server is; 503 says that too. */
-export const load = async () => (await fetch("ready", { cache: "no-store" })).json();
+export const load = () => fetch("ready", { cache: "no-store" }).then((answer) => answer.json()).catch(broken);
 
 export async function media(id, variant, signal) {
   const response = await ask(`v1/videos/${id}/content?variant=${variant}&redirect=0`, { signal });

@@ -1,7 +1,7 @@
 // What the page says of a video.
 
 export const plural = (count, thing, things = `${thing}s`) => `${count} ${count === 1 ? thing : things}`;
-export const passesText = (count = 0) => plural(count, "pass", "passes");
+export const passesText = (count) => plural(count, "pass", "passes");
 export const stepsText = (plan, numSteps) =>
   plan === String(numSteps) ? plural(numSteps, "step") : `${plan} (${plural(numSteps, "step")})`;
 
