@@ -24,9 +24,9 @@ from pathlib import Path
 from rich.console import Console
 
 from raydistill.errors import ServiceError, disk_full_explained
-from raydistill.service.load import measure
-from raydistill.service.load_report import progress, rich_table, write_run
-from raydistill.service.load_rows import Run
+from raydistill.service.load.report import progress, rich_table, write_run
+from raydistill.service.load.rows import Run
+from raydistill.service.load.run import measure
 
 
 def _allow_open_streams() -> None:

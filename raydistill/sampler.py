@@ -280,10 +280,10 @@ def take_step(
     noise_at: NoiseAt | None = None,
     network_dtype: torch.dtype | None = None,
 ) -> tuple[Latents, Latents]:
-    """Take jump i of the plan from the state x at its t: the state at its s, and the prediction of clean data.
+    """Take jump i of the plan from the state x at its t: the state at its s, and the predicted clean data.
 
-    `sample` is nothing but these in turn, so a sample that stopped after jump i - 1 goes on from its state and
-    ends in the same bits. The re-noising path needs `noise_at` (`keyed_noise`).
+    `sample` is nothing but these in turn, so a sample that stopped after jump i - 1 goes on from its state
+    and ends in the same bits. The re-noising path needs `noise_at` (`keyed_noise`).
     """
     one = plan.jumps[i]
     stops = (one.t, one.s, plan.landing(one))

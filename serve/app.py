@@ -24,6 +24,7 @@ SCALING: dict[str, Any] = {
     "downscale_delay_s": 30.0,
     "downscale_to_zero_delay_s": 60.0,
 }
+STOP_S = 50.0  # less than graceful_shutdown_timeout_s
 POLICY = "raydistill.service.scaling:ByRemainingCost"
 
 
@@ -84,9 +85,10 @@ class _Sampler:
         self.worker.hold(config.bundle_table())
         self.worker.start()
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take `bundles`: what is new is loaded, what stays is not loaded again."""
-        self.worker.hold(_absolute(user_config.get("bundles") or self.config.bundle_table()))
+        bundles = _absolute(user_config.get("bundles") or self.config.bundle_table())
+        await asyncio.to_thread(self.worker.hold, bundles)
 
     async def check_health(self) -> None:
         """Fail if a thread of the worker has died."""
@@ -96,7 +98,7 @@ class _Sampler:
     def __del__(self):
         """Finish the step in hand, save, and give the job back."""
         if hasattr(self, "worker"):
-            self.worker.stop()
+            self.worker.stop(timeout_s=STOP_S)
 
 
 Sampler = serve.deployment(_Sampler, name="Sampler", ray_actor_options={"num_cpus": 0.5})

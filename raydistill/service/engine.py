@@ -31,6 +31,10 @@ class Engine:
         folder, self.config = Path(folder), config
         self.card = read_bundle(folder)
         verify_bundle(folder)
+        if config.previews == "linear" and self.card.preview is None:
+            raise StaleArtifact(
+                f"{folder} has no linear map for previews: worker.previews=codec, or export again"
+            )
         teacher = folder / "teacher"
         self.student = load_student(
             folder / "student",
@@ -93,10 +97,11 @@ class Engine:
         """A frame from the middle of the predicted clip, uint8 (h, w, 3); None if previews are off."""
         if self.config.previews == "off":
             return None
-        if self.config.previews == "codec" or self.card.preview is None:
+        if self.config.previews == "codec":
             middle = torch.tensor([[self.codec.num_frames(x0.shape[2]) // 2]])
             frame = self.codec.decode_frames(x0.to(self.config.device), middle)
             return _pixels(rearrange(frame[0, :, 0], "c h w -> h w c"))
+        assert self.card.preview is not None
         matrix, bias = (torch.tensor(self.card.preview[name]) for name in ("matrix", "bias"))
         return _pixels(rearrange(x0[0, :, x0.shape[2] // 2], "c h w -> h w c") @ matrix + bias)
 

@@ -82,8 +82,8 @@ def export_bundle(
 ) -> Exported:
     """Check everything, copy it beside `output`, rename; the same bundle there already is left as it is.
 
-    teacher_steps: of plans that are the teacher's alone. sizes: further (frames, height, width) in pixels. scores: output folder of jobs/evaluate.py. Plans that
-    need a teacher are left out without one.
+    teacher_steps: of plans that are the teacher's alone. sizes: further (frames, height, width) in pixels.
+    scores: output folder of jobs/evaluate.py. Plans that need a teacher are left out without one.
     Raises MissingValue for a student that is nothing without its teacher, InvalidValue for a setting that
     does not fit and for an `output` that holds something else, and an ArtifactError for what cannot be read,
     was changed, or belongs to another student.

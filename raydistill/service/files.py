@@ -71,6 +71,7 @@ class Files:
     def remove(self, folder: str) -> None:
         """Remove a folder and all in it, if it is there."""
         path = self._path(folder)
+        self.system.invalidate_cache()  # others write, too
         if self.system.exists(path):
             self.system.rm(path, recursive=True)
 

@@ -27,7 +27,7 @@ class Janitor:
         self.journal = Journal(database)
 
     def try_round(self, bundles: Mapping[str, str]) -> None:
-        """Do a round for the bundles in these folders; what goes wrong is logged, the next one tries again."""
+        """Do a round for the bundles in these folders; what goes wrong is logged, and tried again later."""
         try:
             self.round([read_bundle(folder).label for folder in bundles.values()])
         except (SQLAlchemyError, OSError, RaydistillError):

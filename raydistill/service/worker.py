@@ -27,6 +27,7 @@ from raydistill.service.tables import Database
 
 log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 60.0
+SIBLING_WAKES = 10
 
 
 class Worker:
@@ -85,7 +86,10 @@ class Worker:
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self.leases.leave()
+        try:
+            self.leases.leave()
+        except SQLAlchemyError:  # it is taken off when it has been silent for long enough
+            log.warning("the job store did not answer a farewell", exc_info=True)
 
     def alive(self) -> bool:
         """Whether every thread still runs."""
@@ -100,6 +104,8 @@ class Worker:
 
     def _loop(self, stage: Stage) -> None:
         failures = 0
+        # A sibling that ends the stage before wakes this one: only what others leave needs looking for.
+        poll_s = self.config.poll_s * (1 if stage == self.stages[0] else SIBLING_WAKES)
         while not self.stopping.is_set():
             try:
                 lease = self.leases.claim(stage, sorted(self.engines))
@@ -108,7 +114,7 @@ class Worker:
                 log.warning("the job store did not answer", exc_info=True)
                 lease, failures = None, failures + 1
             if lease is None:
-                self._woken[stage].wait(min(LONGEST_WAIT_S, self.config.poll_s * 2**failures))
+                self._woken[stage].wait(min(LONGEST_WAIT_S, poll_s * 2**failures))
                 self._woken[stage].clear()
             else:
                 self._do(lease)

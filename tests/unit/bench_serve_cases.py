@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from raydistill.config.bench_serve import BenchServeConfig
-from raydistill.service.load import measure
-from raydistill.service.load_rows import Run
+from raydistill.service.load.rows import Run
+from raydistill.service.load.run import measure
 
 MP4 = b"\x00\x00\x00\x18ftypisom" + bytes(100)
 TINY = {

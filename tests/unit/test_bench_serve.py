@@ -16,11 +16,11 @@ from bench_serve_cases import TINY, bench, serving
 
 from raydistill.config.bench_serve import BenchServeConfig, MixConfig
 from raydistill.errors import MissingValue, RequestRefused, ServiceError
-from raydistill.service.load import measure
-from raydistill.service.load_figures import all_figures
-from raydistill.service.load_plan import arrivals
-from raydistill.service.load_report import write_run
-from raydistill.service.load_rows import Kill, Run
+from raydistill.service.load.figures import all_figures
+from raydistill.service.load.plan import arrivals
+from raydistill.service.load.report import write_run
+from raydistill.service.load.rows import Kill, Run
+from raydistill.service.load.run import measure
 
 ROOT = Path(__file__).resolve().parents[2]
 SLACK_S = 0.25

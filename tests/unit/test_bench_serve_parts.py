@@ -6,11 +6,11 @@ import pytest
 from raydistill.config.bench_serve import BenchServeConfig, MixConfig
 from raydistill.config.load import from_command_line
 from raydistill.errors import InvalidValue
-from raydistill.service.load_client import Event, EventParser, replicas_in
-from raydistill.service.load_figures import distribution, steps_ratio, throughput
-from raydistill.service.load_kill import after_kills, why_spared
-from raydistill.service.load_plan import Draws, Phase, Request, arrivals, closed_phases, generator
-from raydistill.service.load_rows import Kill, Record
+from raydistill.service.load.client import Event, EventParser, replicas_in
+from raydistill.service.load.figures import distribution, steps_ratio, throughput
+from raydistill.service.load.kill import after_kills, why_spared
+from raydistill.service.load.plan import Draws, Phase, Request, arrivals, closed_phases, generator
+from raydistill.service.load.rows import Kill, Record
 
 
 def test_intervals_of_percentiles_hold_the_truth():

@@ -164,18 +164,23 @@ def test_jobs_read_one_documented_schema_and_end_in_one_line(job):
 def test_the_runs_of_make_distill_find_one_another():
     from raydistill.config.distill import DistillConfig
     from raydistill.config.evaluate import EvaluateConfig
+    from raydistill.config.export import ExportConfig
     from raydistill.config.prepare import PrepareConfig
 
     commands = re.findall(
         r"^\tpython (jobs/\w+\.py) --config (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE
     )
-    assert [Path(job).stem for job, _ in commands] == ["prepare", "distill", "distill", "evaluate"]
+    stems = ["prepare", "distill", "distill", "evaluate", "export"]  # the last of make serve
+    assert [Path(job).stem for job, _ in commands] == stems
     tiny = [ROOT / config for _, config in commands]
     prepare, evaluate = load(PrepareConfig, tiny[0]), load(EvaluateConfig, tiny[3])
     dual, single = load(DistillConfig, tiny[1]), load(DistillConfig, tiny[2])
     assert dual.data == single.data == prepare.output
     assert evaluate.students == {"dual": [f"{dual.output}/student"], "single": [f"{single.output}/student"]}
     assert dual.teacher == single.teacher == evaluate.teacher
+    export = load(ExportConfig, tiny[4])
+    assert (export.student, export.teacher) == (f"{dual.output}/student", dual.teacher)
+    assert prepare.encode.codec == export.codec
     assert prepare.encode.codec == dual.codec == single.codec == evaluate.codec
 
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from raydistill.config.bench_serve import BenchServeConfig, is_loopback
 from raydistill.errors import InvalidValue, ServiceError
-from raydistill.service.load_client import VideoApi
-from raydistill.service.load_plan import generator
-from raydistill.service.load_rows import Kill, Row
+from raydistill.service.load.client import VideoApi
+from raydistill.service.load.plan import generator
+from raydistill.service.load.rows import Kill, Row
 
 WORKERS = "/v1/admin/workers"
 PROC = Path("/proc")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from raydistill.service.load_plan import Phase
+from raydistill.service.load.plan import Phase
 
 Outcome = Literal["not_sent", "sent", "unfinished", "completed", "failed", "cancelled", "shed", "error"]
 ACCEPTED: tuple[Outcome, ...] = ("completed", "failed", "cancelled", "unfinished")

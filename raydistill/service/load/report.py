@@ -17,8 +17,8 @@ from rich.table import Table
 
 from raydistill.artifacts import write_atomically, write_json
 from raydistill.config.bench_serve import BenchServeConfig
-from raydistill.service.load_figures import all_figures
-from raydistill.service.load_rows import Record, Run
+from raydistill.service.load.figures import all_figures
+from raydistill.service.load.rows import Record, Run
 
 SCHEMA_VERSION = 1
 LINE_EVERY_S = 10.0
@@ -35,7 +35,7 @@ def write_run(config: BenchServeConfig, run: Run) -> dict[str, Any]:
 
     requests.jsonl has a line per request, those of the warm-up too; results.json is written last.
     """
-    from raydistill.service.load_plots import draw_all
+    from raydistill.service.load.plots import draw_all
 
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)

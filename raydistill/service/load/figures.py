@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from raydistill.config.bench_serve import BenchServeConfig
-from raydistill.service.load_kill import after_kills
-from raydistill.service.load_plan import generator
-from raydistill.service.load_rows import Record, Row, Run, accounting
+from raydistill.service.load.kill import after_kills
+from raydistill.service.load.plan import generator
+from raydistill.service.load.rows import Record, Row, Run, accounting
 
 LEVELS = (50.0, 95.0, 99.0)
 WITH_INTERVAL = (50.0, 95.0)

@@ -10,9 +10,9 @@ from typing import Any
 
 from raydistill.config.bench_serve import BenchServeConfig
 from raydistill.errors import ServiceError
-from raydistill.service.load_client import READ_ERRORS, Answer, Event, VideoApi
-from raydistill.service.load_plan import Request
-from raydistill.service.load_rows import Outcome, Row
+from raydistill.service.load.client import READ_ERRORS, Answer, Event, VideoApi
+from raydistill.service.load.plan import Request
+from raydistill.service.load.rows import Outcome, Row
 
 POLL_S = 1.0
 """Where neither the settings nor the server say how often."""

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raydistill.service.load_figures import STAGES
-from raydistill.service.load_rows import Run
+from raydistill.service.load.figures import STAGES
+from raydistill.service.load.rows import Run
 
 Phase = Mapping[str, Any]
 Results = Mapping[str, Any]

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from raydistill.config.bench_serve import BenchServeConfig
 from raydistill.errors import RequestRefused, ServiceError
-from raydistill.service.load_client import READ_ERRORS, VideoApi, open_api
-from raydistill.service.load_figures import throughput
-from raydistill.service.load_follow import Follower
-from raydistill.service.load_kill import kill_in_turn, killable
-from raydistill.service.load_plan import Draws, Phase, Request, closed_phases, open_phases
-from raydistill.service.load_rows import Record, Row, Run
+from raydistill.service.load.client import READ_ERRORS, VideoApi, open_api
+from raydistill.service.load.figures import throughput
+from raydistill.service.load.follow import Follower
+from raydistill.service.load.kill import kill_in_turn, killable
+from raydistill.service.load.plan import Draws, Phase, Request, closed_phases, open_phases
+from raydistill.service.load.rows import Record, Row, Run
 
 Show = Callable[[Record], None]
 """Told of the current phase now and then, and when it ends."""

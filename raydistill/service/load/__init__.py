@@ -1,0 +1,1 @@
+"""The load generator: it asks a running server, and knows nothing of how that works."""
