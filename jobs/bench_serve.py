@@ -54,7 +54,7 @@ def main() -> None:
                 dump(config, output / "config.yaml")
             terminal = Console()
             # A file has room for the whole table.
-            terminal.print(rich_table(results), width=None if terminal.is_terminal else 200)
+            terminal.print(rich_table(results))
             print(f"{'report' if learned.finished else 'unfinished, report'}: {output / 'report.md'}")
     if stopped:
         raise SystemExit(130)

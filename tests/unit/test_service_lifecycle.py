@@ -109,13 +109,14 @@ def test_work_on_what_is_no_longer_wanted_stops_at_the_next_step(serve, method, 
     first = create(server, **LONG)["id"]
     step = until(lambda: (n := show(server, first)["x_raydistill"]["step"]) >= 10 and n)
     each_s = (time.monotonic() - began) / step
-    left_s = each_s * (show(server, first)["x_raydistill"]["num_steps"] - step)
+    second = create(server, num_inference_steps=1)["id"]  # waits for the thread that denoises
+    assert show(server, second)["x_raydistill"]["step"] == 0
     assert ask(server, method, f"/v1/videos/{first}{path}").status == 200
     ended, passes = time.monotonic(), total(server, "passes_total")
-    second = made(server, num_inference_steps=1)  # waits for the thread that denoises
-    assert time.monotonic() - ended < left_s / 5
-    assert second["x_raydistill"]["timings"]["queue_s"] < left_s / 5
-    assert total(server, "passes_total") == passes + 1
+    until(lambda: show(server, second)["x_raydistill"]["step"])
+    assert time.monotonic() - ended < 30 * each_s  # of more than a thousand
+    settled(server, second)
+    assert passes <= total(server, "passes_total") <= passes + 1
     assert total(server, "jobs_cancelled_total") == 1
     assert total(server, "running_jobs") == total(server, "leased_jobs") == 0
     if method == "DELETE":

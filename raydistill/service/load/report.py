@@ -27,6 +27,7 @@ COLUMNS = (
     "phase", "offered/s", "achieved/s", "goodput/s", "in time", "p50 s", "p95 s", "p99 s", "mean s",
     "queue p50 s", "preview p50 s", "shed", "errors", "failed", "unfinished",
 )  # fmt: skip
+ON_TERMINAL = ("phase", "achieved/s", "in time", "p50 s", "p95 s", "shed", "errors", "unfinished")
 ENDED = ("completed", "failed", "cancelled", "shed", "error")
 
 
@@ -213,12 +214,13 @@ def _accounting(results: Mapping[str, Any]) -> str:
 
 
 def rich_table(results: Mapping[str, Any]) -> Table:
-    """Return the phases' table for a terminal."""
+    """Return what of the phases' table fits into 80 columns: no intervals."""
     shown = Table(title=None if results["finished"] else "unfinished")
-    for name in COLUMNS:
+    for name in ON_TERMINAL:
         shown.add_column(name, justify="left" if name == "phase" else "right")
     for phase in results["phases"]:
-        shown.add_row(*cells(phase))
+        row = dict(zip(COLUMNS, cells(phase), strict=True))
+        shown.add_row(*(row[name].partition(" [")[0] for name in ON_TERMINAL))
     return shown
 
 
