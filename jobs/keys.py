@@ -1,7 +1,7 @@
 """Make, list and revoke API keys of the server.
 
     python jobs/keys.py action=create name=alice per_minute=60 active_jobs=4
-    python jobs/keys.py action=create name=prometheus scopes=[admin] > key
+    python jobs/keys.py action=create name=prometheus scopes=[admin] > runs/serve/prometheus.key
     python jobs/keys.py action=list
     python jobs/keys.py action=revoke name=alice store=env:RAYDISTILL_STORE
 

@@ -14,7 +14,15 @@ from safetensors.numpy import save_file
 from raydistill import errors
 from raydistill.errors import DistillError, InvalidValue, RaydistillError, UnknownKey, disk_full_explained
 
-SAMPLES = {"str": "text", "int": 3, "float": 0.5, "object": {"a": 1}, "tuple[str, ...]": ("a", "b")}
+SAMPLES = {
+    "str": "text",
+    "str | None": "text",
+    "int": 3,
+    "float": 0.5,
+    "float | None": 0.5,
+    "object": {"a": 1},
+    "tuple[str, ...]": ("a", "b"),
+}
 
 
 def children(error: type) -> list[type]:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from store_cases import new_database, postgres
 
 from raydistill.config.keys import KeysConfig
 from raydistill.config.load import from_command_line
@@ -189,6 +190,20 @@ def test_a_password_comes_from_the_environment_and_is_not_printed(run_job, keys,
     status, out, err = run_job("action=list", store="env:STORE_OF_KEYS")
     assert (status, err.split(":")[0]) == (2, "InvalidValue")
     assert "hunter2" not in out + err
+
+
+def test_keys_lie_in_postgres_too_and_its_password_is_not_printed(run_job):
+    with postgres() as server:
+        store = new_database(server.set(password="hunter2"))
+        status, key, made = run_job("action=create", "name=alice", store=store)
+        assert status == 0
+        database = open_database(store)
+        assert ApiKeys(database).find(key.strip()).tenant == "alice"
+        database.engine.dispose()
+        shown = [run_job(action, "name=alice", store=store) for action in ("action=list", "action=revoke")]
+    assert [status for status, _, _ in shown] == [0, 0]
+    assert all("hunter2" not in said for said in (made, *shown[0][1:], *shown[1][1:]))
+    assert "postgresql+psycopg://" in made
 
 
 def test_settings_are_the_servers_own():

@@ -332,13 +332,15 @@ def test_prometheus_collects_from_the_server_and_from_ray():
     assert server["static_configs"] == [{"targets": [f"{http['host']}:{http['port']}"]}]
     assert "authorization" in server or not tiny["applications"][0]["args"]["auth"]["required"]
     with_key = yaml.safe_load(text.replace("# authorization", "authorization"))["scrape_configs"][0]
-    assert with_key["authorization"] == {"type": "Bearer", "credentials_file": "prometheus.key"}
+    assert with_key["authorization"].pop("type") == "Bearer"
+    key = (SERVE / with_key["authorization"].pop("credentials_file")).resolve()
+    assert f"> {key.relative_to(SERVE.parent)}\n" in text
     assert ray["file_sd_configs"] == [{"files": [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]
 
 
 def test_the_key_that_prometheus_is_told_to_have_is_enough(tmp_path):
     text = (SERVE / "prometheus.yml").read_text(encoding="utf-8")
-    (command,) = re.findall(r"python jobs/keys\.py (.*) > serve/prometheus\.key$", text, re.MULTILINE)
+    (command,) = re.findall(r"python jobs/keys\.py (.*) > \S+$", text, re.MULTILINE)
     config, _ = from_command_line(KeysConfig, command.split())
     store = Store(f"sqlite:///{tmp_path}/jobs.sqlite")
     keys = ApiKeys(store.database)
