@@ -100,8 +100,9 @@ class Leases:
         free = waits & (JOBS.c.not_before <= now) & (JOBS.c.owner.is_(None) | (JOBS.c.lease_until < now))
         if stage != "encode":
             return free
-        other = JOBS.alias()
+        other = JOBS.alias()  # of those that this worker could denoise: others wait for somebody else
         encoded = (other.c.state == "running") & (other.c.stage == "denoise") & other.c.owner.is_(None)
+        encoded &= other.c.bundle.in_(bundles) & (other.c.not_before <= now)
         ahead = select(func.count()).select_from(other).where(encoded).scalar_subquery()
         return free & (ahead < self.config.encode_ahead)
 

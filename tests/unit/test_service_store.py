@@ -164,6 +164,8 @@ def test_only_so_many_texts_are_encoded_ahead(store):
     for _ in range(2):
         worker.advance(worker.claim("encode", [BUNDLE]), "denoise", saved=SAVED, timings={}, seconds=0.0)
     assert worker.claim("encode", [BUNDLE]) is None
+    jobs.create(new_job(bundle="other@1"))
+    assert worker.claim("encode", ["other@1"]) is not None  # not held up by what it cannot denoise
     assert worker.claim("denoise", [BUNDLE]) is not None
     assert worker.claim("encode", [BUNDLE]) is not None
 
