@@ -25,7 +25,7 @@ class LimitsConfig:
     body_kib: int = 1024
     """Largest body of a request."""
     body_timeout_s: float = 10.0
-    """A body has to be whole by then; also the longest wait between a request's line and its end."""
+    """A request's body has to be whole by then."""
     open_bodies: int = 512
     """Requests of one process whose bodies are being read; more are turned away at once."""
     cost: float = 1e6

@@ -3,8 +3,9 @@
 import hashlib
 import re
 import secrets
+import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from raydistill.service.tables import API_KEYS, Database
 SCOPES = ("generate", "admin")
 PREFIX = "rd-"
 ANYBODY = "anybody"
+WINDOW_S, MOST_ADDRESSES = 60.0, 10_000
 
 
 @dataclass(frozen=True)
@@ -96,28 +98,33 @@ class ApiKeys:
 
 
 class Failures:
-    """Counts wrong keys by address, within this process."""
+    """Counts wrong keys by address, within this process; for any number of threads."""
 
     def __init__(self, per_minute: int):
         """So many are answered 401 in a minute, more 429."""
         self.per_minute = per_minute
-        self._seen = defaultdict[str, deque[float]](deque)
-
-    def require_few(self, address: str) -> None:
-        """Raise RequestRefused (429) for an address that tried too often."""
-        seen, now = self._seen[address], time.monotonic()
-        while seen and seen[0] < now - 60.0:
-            seen.popleft()
-        if not seen:
-            del self._seen[address]
-        if len(seen) >= self.per_minute:
-            wait = 60.0 - (now - seen[0])
-            message = "too many wrong API keys from this address"
-            raise RequestRefused(429, "rate_limit_exceeded", message, retry_after_s=wait)
+        self._seen = dict[str, deque[float]]()
+        self._lock = threading.Lock()
 
     def add(self, address: str) -> None:
-        """One more."""
-        self._seen[address].append(time.monotonic())
+        """One more. Raises RequestRefused (429) for an address that tried too often."""
+        now = time.monotonic()
+        with self._lock:
+            if len(self._seen) >= MOST_ADDRESSES:
+                self._forget(now)
+            seen = self._seen.setdefault(address, deque(maxlen=self.per_minute))
+            full = len(seen) == self.per_minute and seen[0] > now - WINDOW_S
+            if not full:
+                seen.append(now)
+        if full:
+            message = "too many wrong API keys from this address"
+            wait = WINDOW_S - (now - seen[0])
+            raise RequestRefused(429, "rate_limit_exceeded", message, retry_after_s=wait)
+
+    def _forget(self, now: float) -> None:
+        """Let go of addresses that have been quiet for a minute."""
+        for address in [one for one, seen in self._seen.items() if seen[-1] < now - WINDOW_S]:
+            del self._seen[address]
 
 
 def _hash(key: str) -> str:

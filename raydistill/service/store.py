@@ -16,7 +16,7 @@ from raydistill.errors import RequestRefused
 from raydistill.service.journal import Journal, say
 from raydistill.service.tables import (
     ACTIVE,
-    API_KEYS,
+    ADMISSIONS,
     EVENTS,
     JOBS,
     KEYS_SEEN,
@@ -168,14 +168,19 @@ class JobStore:
                 message = f"this key has {held} videos in work, its limit: wait for one"
                 raise RequestRefused(429, "rate_limit_exceeded", message, retry_after_s=2.0)
         if quota.per_minute:
-            now = self.database.now()
-            recent = mine & (JOBS.c.created_at > now - 60.0)
-            made, first = connection.execute(
-                select(func.count(), func.min(JOBS.c.created_at) + 60.0 - now).where(recent)
-            ).one()
-            if made >= quota.per_minute:
-                message = f"this key made {made} videos within a minute, its limit"
-                raise RequestRefused(429, "rate_limit_exceeded", message, retry_after_s=max(1.0, first))
+            self._admit_rate(connection, new.tenant, quota.per_minute)
+
+    def _admit_rate(self, connection: sa.Connection, tenant: str, per_minute: int) -> None:
+        now = self.database.now()
+        mine = ADMISSIONS.c.tenant == tenant
+        connection.execute(sa.delete(ADMISSIONS).where(mine & (ADMISSIONS.c.at <= now - 60.0)))
+        made, wait_s = connection.execute(
+            select(func.count(), func.min(ADMISSIONS.c.at) + 60.0 - now).where(mine)
+        ).one()
+        if made >= per_minute:
+            message = f"this key made {made} videos within a minute, its limit"
+            raise RequestRefused(429, "rate_limit_exceeded", message, retry_after_s=max(1.0, wait_s))
+        connection.execute(sa.insert(ADMISSIONS).values(tenant=tenant, at=now))
 
     def get(self, job: str, mine: Mine) -> Job:
         """Return a job. Raises RequestRefused (404) for none, or another tenant's."""
@@ -302,12 +307,6 @@ class JobStore:
         """Replicas that were heard of within two leases, as they register themselves."""
         with self.database.read() as connection:
             return [dict(row._mapping) for row in connection.execute(select(WORKERS)).all()]
-
-    def has_keys(self) -> bool:
-        """Whether any API key can be used."""
-        with self.database.read() as connection:
-            valid = API_KEYS.c.revoked_at.is_(None)
-            return connection.execute(select(func.count()).where(valid)).scalar_one() > 0
 
 
 _FRESH: dict[str, Any] = {

@@ -90,6 +90,14 @@ EVENTS = sa.Table(
     Index("events_job", "job", "number"),
     sqlite_autoincrement=True,
 )
+ADMISSIONS = sa.Table(  # beside the jobs, which their owners may delete
+    "admissions",
+    META,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("tenant", String(64), nullable=False),
+    Column("at", SECONDS, nullable=False),
+    Index("admissions_tenant", "tenant", "at"),
+)
 KEYS_SEEN = sa.Table(
     "idempotency",
     META,

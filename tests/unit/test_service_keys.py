@@ -216,13 +216,12 @@ def test_settings_are_the_servers_own():
 def test_so_many_failures_are_allowed_in_a_minute_from_each_address():
     failures = Failures(3)
     for _ in range(3):
-        failures.require_few("a")
         failures.add("a")
     with pytest.raises(RequestRefused) as refused:
-        failures.require_few("a")
+        failures.add("a")
     assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
     assert 0 < refused.value.retry_after_s <= 60
-    failures.require_few("b")
+    failures.add("b")
 
 
 class Clock:
@@ -243,16 +242,27 @@ def test_a_failure_counts_for_a_minute_and_no_longer(monkeypatch):
     clock.now += 40.0
     failures.add("a")
     with pytest.raises(RequestRefused) as refused:
-        failures.require_few("a")
+        failures.add("a")
     assert refused.value.retry_after_s == pytest.approx(20.0)  # until the first one is forgotten
     clock.now += 19.0
     with pytest.raises(RequestRefused):
-        failures.require_few("a")
+        failures.add("a")
     clock.now += 2.0
-    failures.require_few("a")  # one is left of the two
     failures.add("a")
     with pytest.raises(RequestRefused) as refused:
-        failures.require_few("a")
+        failures.add("a")
     assert refused.value.retry_after_s == pytest.approx(39.0)
     clock.now += 61.0
-    failures.require_few("a")
+    failures.add("a")
+
+
+def test_addresses_that_fell_silent_are_forgotten(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("raydistill.service.keys.time", clock)
+    monkeypatch.setattr("raydistill.service.keys.MOST_ADDRESSES", 3)
+    failures = Failures(2)
+    for address in "abc":
+        failures.add(address)
+    clock.now += 61.0
+    failures.add("d")
+    assert set(failures._seen) == {"d"}
