@@ -5,6 +5,7 @@ share nothing but the job store and the artefacts: each may die, be replaced, or
 """
 
 import asyncio
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from ray import serve
 from ray.serve import Application
 
 from raydistill.config.serve import STAGES, ServeConfig, from_environment, read_args, to_args
+from raydistill.errors import RaydistillError
 from raydistill.service.logs import log_to
 
+log = logging.getLogger("raydistill.service.app")
 # Bounds and delays of the autoscaler, for `serve run serve.app:app`; a Serve config may say otherwise.
 SCALING: dict[str, Any] = {
     "min_replicas": 0,
@@ -55,24 +58,27 @@ class Ingress:
 
         return build_api(self.ingress)
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take `bundles` and `models`, the weights between versions: from the next request on."""
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take `bundles` and `models`, the weights between versions: from the next request on.
+
+        What cannot be served is not taken, and said in the log: requests go where they went.
+        """
         from raydistill.service.catalog import Catalog
 
-        bundles = user_config.get("bundles") or self.config.bundle_table()
+        bundles = _absolute(user_config.get("bundles") or self.config.bundle_table())
         models = user_config.get("models", self.config.models)
-        self.ingress.catalog = Catalog.read(_absolute(bundles), models)
-
-    async def check_health(self) -> None:
-        """Fail if the job store does not answer."""
-        await asyncio.to_thread(self.ingress.store.load)
+        known = self.ingress.catalog
+        try:
+            self.ingress.catalog = await asyncio.to_thread(Catalog.verified, bundles, models, known)
+        except RaydistillError:
+            log.exception("the new bundles and weights are not taken")
 
 
 class _Sampler:
     """A replica that works on some of the stages."""
 
     def __init__(self, args: dict[str, Any], stages: tuple[str, ...]):
-        """Load every bundle, then begin to take jobs."""
+        """Nothing is loaded yet: `reconfigure` says what."""
         from raydistill.service.files import Files
         from raydistill.service.tables import open_database
         from raydistill.service.worker import Worker, stages_of
@@ -82,13 +88,12 @@ class _Sampler:
         database = open_database(from_environment(config.store, "store"))
         self.config, self.files = config, Files(config.artifacts)
         self.worker = Worker(database, self.files, config.worker, config.keep, stages_of(stages))
-        self.worker.hold(config.bundle_table())
-        self.worker.start()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take `bundles`: what is new is loaded, what stays is not loaded again."""
+        """Take `bundles`: what is new is loaded, what stays is not. Serve calls it at start, too."""
         bundles = _absolute(user_config.get("bundles") or self.config.bundle_table())
         await asyncio.to_thread(self.worker.hold, bundles)
+        self.worker.start()
 
     async def check_health(self) -> None:
         """Fail if a thread of the worker has died."""
@@ -123,18 +128,28 @@ class Janitor:
         database = open_database(from_environment(self.config.store, "store"))
         files = Files(self.config.artifacts)
         self.janitor = upkeep.Janitor(database, files, self.config.keep, self.config.worker.lease_s)
-        self.bundles = self.config.bundle_table()
+        self.labels: tuple[str, ...] = ()
         self.stopping = threading.Event()
-        threading.Thread(target=self._rounds, daemon=True).start()
+        self.thread = threading.Thread(target=self._rounds, daemon=True)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take `bundles`: jobs of others fail after a while."""
-        self.bundles = _absolute(user_config.get("bundles") or self.config.bundle_table())
+        """Take `bundles`: jobs of others fail after a while. Serve calls it at start, too."""
+        from raydistill.service.catalog import Catalog
+
+        bundles = _absolute(user_config.get("bundles") or self.config.bundle_table())
+        self.labels = Catalog.read(bundles, {}).labels
+        if not self.thread.is_alive():
+            self.thread.start()
 
     def _rounds(self) -> None:
         while not self.stopping.is_set():
-            self.janitor.try_round(self.bundles)
+            self.janitor.round(self.labels)
             self.stopping.wait(self.config.keep.sweep_s)
+
+    async def check_health(self) -> None:
+        """Fail if the rounds have ended."""
+        if not self.thread.is_alive():
+            raise RuntimeError("the janitor's thread has died: see its log")
 
     def __del__(self):
         """Stop after this round."""
@@ -156,19 +171,26 @@ def app(args: dict[str, Any]) -> Application:
     for folder in given["bundles"].values():
         verify_bundle(folder)
     Catalog.read(given["bundles"], config.models)
-    return Ingress.bind(given, Janitor.bind(given), *_samplers(config, given))
+    served = {"bundles": given["bundles"]}
+    ingress = Ingress.options(user_config={**served, "models": given["models"]})
+    janitor = Janitor.options(user_config=served)
+    return ingress.bind(given, janitor.bind(given), *_samplers(config, given))
 
 
 def _samplers(config: ServeConfig, args: dict[str, Any]) -> list[Application]:
     """One deployment for all stages, or one for each."""
     if config.pipeline == "monolithic":
-        return [_scaled(Sampler, args["store"], None).bind(args, STAGES)]
-    return [_scaled(POOLS[stage], args["store"], stage).bind(args, (stage,)) for stage in STAGES]
+        return [_scaled(Sampler, args, None).bind(args, STAGES)]
+    return [_scaled(POOLS[stage], args, stage).bind(args, (stage,)) for stage in STAGES]
 
 
-def _scaled(pool: Any, store: str, stage: str | None) -> Any:
-    policy = {"policy_function": POLICY, "policy_kwargs": {"store": store, "stage": stage}}
-    return pool.options(autoscaling_config={**SCALING, "policy": policy}, graceful_shutdown_timeout_s=60.0)
+def _scaled(pool: Any, args: dict[str, Any], stage: str | None) -> Any:
+    policy = {"policy_function": POLICY, "policy_kwargs": {"store": args["store"], "stage": stage}}
+    return pool.options(
+        autoscaling_config={**SCALING, "policy": policy},
+        graceful_shutdown_timeout_s=60.0,
+        user_config={"bundles": args["bundles"]},
+    )
 
 
 def _absolute(bundles: Mapping[str, str]) -> dict[str, str]:

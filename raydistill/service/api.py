@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
 from raydistill.config.serve import ServeConfig
-from raydistill.errors import RequestRefused
+from raydistill.errors import ArtifactError, RequestRefused
 from raydistill.service import streams
 from raydistill.service.catalog import Catalog
 from raydistill.service.content import content
@@ -120,8 +120,9 @@ class Routes:
         address = request.client.host if request.client else "?"
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         caller = self.keys.find(key.strip()) if kind.lower() == "bearer" else None
-        if caller is None:  # never a valid one: behind a load balancer many share an address
-            self.failures.add(address)
+        if caller is None:
+            if key:  # a valid one is never held up: behind a load balancer many share an address
+                self.failures.add(address)
             message = "give a valid API key: Authorization: Bearer KEY"
             raise RequestRefused(401, "invalid_api_key", message)
         return caller
@@ -145,7 +146,8 @@ class Routes:
             raise refuse(f"the form cannot be read: {why}", code="invalid_form") from error
         return read_form((k, A_FILE if isinstance(v, UploadFile) else v) for k, v in form.multi_items())
 
-    async def _create(self, request: Request, base: Job | None = None) -> tuple[Job, Caller]:
+    async def _create(self, request: Request, base: Job | None = None) -> tuple[Job, Caller, bool]:
+        """Returns the job, whose it is, and whether this request made it."""
         caller = await self._allowed(request, "generate")
         values = await self._values(request)
         parsed = parse(values, self.on.config.limits, _inherited(base) if base else {})
@@ -164,7 +166,7 @@ class Routes:
         job = await run_in_threadpool(
             self.on.store.create, new, quota=caller.quota, key=key, is_retry=is_retry
         )
-        return job, caller
+        return job, caller, job.id == new.id
 
     def _shown(self, request: Request, job: Job) -> Response:
         extended = request.headers.get("x-raydistill-extended-status") == "1"
@@ -182,21 +184,21 @@ class Routes:
 
     async def create(self, request: Request) -> Response:
         """Accept a video into the queue."""
-        job, _ = await self._create(request)
+        job, _, _ = await self._create(request)
         return await run_in_threadpool(self._shown, request, job)
 
     async def remix(self, request: Request, video_id: str) -> Response:
         """Make a new video with another prompt, and whatever else is given, from the same noise."""
         base, _ = await self._find(request, video_id)
-        job, _ = await self._create(request, base)
+        job, _, _ = await self._create(request, base)
         return await run_in_threadpool(self._shown, request, job)
 
     async def sync(self, request: Request) -> Response:
         """Make a video and answer with its bytes."""
         with self.slots.one():
-            job, caller = await self._create(request)
+            job, caller, made = await self._create(request)
             timeout_s = self.on.config.limits.sync_timeout_s
-            job = await streams.ended(self.on.store, job, caller.mine, timeout_s, request)
+            job = await streams.ended(self.on.store, job, caller.mine, timeout_s, request if made else None)
         if job.state != "completed":
             raise RequestRefused(
                 500 if job.state == "failed" else 409, job.error_code or "", job.error_message or ""
@@ -237,7 +239,7 @@ class Routes:
         caller = await self._allowed(request, "generate")
         job = await run_in_threadpool(self.on.store.delete, _id(video_id), caller.mine)
         for folder in ("videos", "work"):
-            with suppress(OSError):  # a worker is just writing there: the janitor removes what is left
+            with suppress(ArtifactError):  # a worker is just writing there: the janitor removes what is left
                 await run_in_threadpool(self.on.files.remove, f"{folder}/{job.id}")
         return Json({"id": job.id, "object": "video.deleted", "deleted": True})
 
@@ -292,12 +294,12 @@ class Routes:
         return Json({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Whether a video would be accepted and made: the store answers, and there is something to serve."""
+        """Whether the store answers; `status`: whether the queue takes more. Samplers start with the work."""
         load = await run_in_threadpool(self.on.store.load)
         replicas = len(await run_in_threadpool(self.on.store.workers))
         full = load.queued + load.running >= self.on.config.limits.queued_jobs
         about = {"status": "queue_full" if full else "ready", "queued": load.queued, "replicas": replicas}
-        return Json({**about, "models": list(self.on.catalog.models)}, 503 if full else 200)
+        return Json({**about, "models": list(self.on.catalog.models)})
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from raydistill.config.serve import model_table
 from raydistill.errors import RequestRefused
-from raydistill.service.bundle import BundleCard, read_bundle
+from raydistill.service.bundle import BundleCard, read_bundle, verify_bundle
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,17 @@ class Catalog:
         """Read the cards. Raises what `read_bundle` and `model_table` raise."""
         table = model_table(models, bundles)
         return Catalog({name: read_bundle(folder) for name, folder in bundles.items()}, table)
+
+    @staticmethod
+    def verified(
+        bundles: Mapping[str, str], models: Mapping[str, Mapping[str, float]], known: "Catalog"
+    ) -> "Catalog":
+        """Read the cards, and all files of those that are not `known`. Raises what `verify_bundle` raises."""
+        new = Catalog.read(bundles, models)
+        for name, card in new.cards.items():
+            if card.label not in known.labels:
+                verify_bundle(bundles[name])
+        return new
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -1,7 +1,11 @@
-"""Artefacts by name, in a local folder or any storage that fsspec knows (s3://...)."""
+"""Artefacts by name, in a local folder or any storage that fsspec knows (s3://...).
+
+Raises ArtifactError for storage that fails, which may be back later, whatever its own errors are called.
+"""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -9,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from raydistill.artifacts import write_atomically
-from raydistill.errors import ArtifactError, CorruptArtifact, InvalidValue
+from raydistill.errors import ArtifactError, CorruptArtifact, InvalidValue, MissingArtifact, RaydistillError
 
 CHUNK = 1 << 18
 
@@ -28,6 +32,8 @@ class Files:
 
     def _path(self, name: str) -> str:
         parts = PurePosixPath(name).parts
+        if name == ".":
+            return self.root
         if not parts or name.startswith("/") or ".." in parts or "\0" in name:
             raise ArtifactError(f"'{name}' is no name below the artefacts' root")
         return f"{self.root}/{name}"
@@ -35,15 +41,17 @@ class Files:
     def write(self, name: str, data: bytes) -> dict[str, Any]:
         """Write a file whole or not at all; returns {"file", "bytes", "sha256"}."""
         path = self._path(name)
-        if self.is_local:
-            write_atomically(path, data)
-        else:  # an object appears when its last byte is there
-            self.system.pipe_file(path, data)
+        with storage():
+            if self.is_local:
+                write_atomically(path, data)
+            else:  # an object appears when its last byte is there
+                self.system.pipe_file(path, data)
         return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    def read(self, entry: dict[str, Any]) -> bytes:
-        """Read a file that `write` made. Raises CorruptArtifact; OSError for storage that fails."""
-        data = self.system.cat_file(self._path(entry["file"]))
+    def read(self, entry: Mapping[str, Any]) -> bytes:
+        """Read a file that `write` made. Raises CorruptArtifact, MissingArtifact."""
+        with storage():
+            data = self.system.cat_file(self._path(entry["file"]))
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CorruptArtifact(f"{entry['file']} differs from what was written (sha256)")
         return data
@@ -51,15 +59,16 @@ class Files:
     def chunks(self, name: str, start: int, end: int) -> Iterator[bytes]:
         """Bytes from start to end (exclusive), in pieces."""
         path = self._path(name)
-        if self.is_local:
+        with storage():
+            if not self.is_local:
+                for at in range(start, end, 16 * CHUNK):
+                    yield self.system.cat_file(path, start=at, end=min(end, at + 16 * CHUNK))
+                return
             with open(path, "rb") as stream:
                 stream.seek(start)
                 while start < end and (piece := stream.read(min(CHUNK, end - start))):
                     start += len(piece)
                     yield piece
-            return
-        for at in range(start, end, 16 * CHUNK):
-            yield self.system.cat_file(path, start=at, end=min(end, at + 16 * CHUNK))
 
     def signed(self, name: str, seconds: int = 3600) -> str:
         """Return a URL by which a client fetches the file itself. Raises ArtifactError if there is none."""
@@ -71,14 +80,32 @@ class Files:
     def remove(self, folder: str) -> None:
         """Remove a folder and all in it, if it is there."""
         path = self._path(folder)
-        self.system.invalidate_cache()  # others write, too
-        if self.system.exists(path):
-            self.system.rm(path, recursive=True)
+        with storage():
+            self.system.invalidate_cache()  # others write, too
+            if self.system.exists(path):
+                self.system.rm(path, recursive=True)
 
     def folders(self, folder: str) -> list[str]:
         """Return the names of what lies directly in a folder."""
         path = self._path(folder)
-        self.system.invalidate_cache(path)
-        if not self.system.exists(path):
-            return []
-        return [Path(one).name for one in self.system.ls(path, detail=False)]
+        with storage():
+            self.system.invalidate_cache()
+            if not self.system.exists(path):
+                return []
+            return [Path(one).name for one in self.system.ls(path, detail=False)]
+
+
+@contextmanager
+def storage() -> Generator[None, None, None]:
+    """Let storage that is away raise an ArtifactError, and a file that is not there MissingArtifact.
+
+    What storages raise is as many classes as there are storages.
+    """
+    try:
+        yield
+    except (RaydistillError, GeneratorExit):
+        raise
+    except FileNotFoundError as gone:
+        raise MissingArtifact(f"{gone}: it was there") from gone
+    except Exception as failed:
+        raise ArtifactError(f"the storage of artefacts fails ({failed!r})") from failed

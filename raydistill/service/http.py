@@ -8,7 +8,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -65,8 +66,9 @@ def install_handlers(app: FastAPI) -> None:
         answered.headers.update(error.headers or {})  # which methods are allowed
         return answered
 
-    @app.exception_handler(OperationalError)
-    async def no_store(request: Request, error: OperationalError) -> Response:
+    @app.exception_handler(DBAPIError)
+    @app.exception_handler(PoolTimeout)
+    async def no_store(request: Request, error: Exception) -> Response:
         log.error("the job store did not answer", exc_info=error)
         message = "the job store does not answer: try again"
         return refusal(RequestRefused(503, "service_unavailable", message, retry_after_s=5.0))

@@ -74,7 +74,10 @@ class Journal:
             "fence": JOBS.c.fence + 1,
             "remaining": 0.0,
         }
-        values |= {**ended, "completed_at": self.database.now(), "error_code": code, "error_message": message}
+        now = self.database.now()
+        # What was made of a video that did not complete is to be removed at once.
+        values = {"expires_at": now, **values, **ended, "completed_at": now}
+        values |= {"error_code": code, "error_message": message}
         row = connection.execute(sa.update(JOBS).where(where).values(values).returning(JOBS)).first()
         if row is None:
             return None

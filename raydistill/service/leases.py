@@ -5,6 +5,7 @@ find in the row. A replica that was thought dead, a job that was cancelled: thei
 LeaseLost and stop, and nothing is published twice.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,15 +37,21 @@ class Leases:
         """`worker` is unique to this process: another one never continues its leases."""
         self.database, self.worker, self.config = database, worker, config
         self.journal = Journal(database)
+        self._about: dict[str, Any] = {}
+        self._in_hand = set[int]()
+        self._lock = threading.Lock()
 
     def register(self, pid: int, node: str, bundles: Sequence[str], stages: Sequence[str]) -> None:
         """Announce the worker, or what it holds by now."""
-        now = self.database.now()
-        about = {"pid": pid, "node": node, "bundles": list(bundles), "stages": list(stages)}
+        self._about = {"pid": pid, "node": node, "bundles": list(bundles), "stages": list(stages)}
         with self.database.write() as connection:
             connection.execute(sa.delete(WORKERS).where(WORKERS.c.id == self.worker))
-            row = {"id": self.worker, **about, "started_at": now, "seen_at": now}
-            connection.execute(sa.insert(WORKERS).values(**row))
+            self._enter(connection)
+
+    def _enter(self, connection: sa.Connection) -> None:
+        now = self.database.now()
+        row = {"id": self.worker, **self._about, "started_at": now, "seen_at": now}
+        connection.execute(sa.insert(WORKERS).values(**row))
 
     def leave(self) -> None:
         """Take the worker off the list."""
@@ -52,9 +59,14 @@ class Leases:
             connection.execute(sa.delete(WORKERS).where(WORKERS.c.id == self.worker))
 
     def heartbeat(self) -> None:
-        """Renew the leases that this worker holds, but those of stages that take too long to be alive."""
+        """Renew the leases of what is worked on, but those of stages that take too long to be alive.
+
+        A job that is held in the store alone, as an answer of it was lost, is not renewed: others take it.
+        """
         now = self.database.now()
-        mine = (JOBS.c.owner == self.worker) & (JOBS.c.state == "running")
+        with self._lock:
+            in_hand = list(self._in_hand)
+        mine = (JOBS.c.owner == self.worker) & (JOBS.c.state == "running") & JOBS.c.number.in_(in_hand)
         with self.database.write() as connection:
             connection.execute(
                 sa.update(JOBS)
@@ -62,7 +74,13 @@ class Leases:
                 .values(lease_until=now + self.config.lease_s)
             )
             seen = sa.update(WORKERS).where(WORKERS.c.id == self.worker)
-            connection.execute(seen.values(seen_at=now))
+            if not connection.execute(seen.values(seen_at=now)).rowcount:
+                self._enter(connection)  # it was taken off the list, and lives
+
+    def done(self, lease: Lease) -> None:
+        """Nobody here works on the job any more."""
+        with self._lock:
+            self._in_hand.discard(lease.job.number)
 
     def claim(self, stage: Stage, bundles: Sequence[str]) -> Lease | None:
         """Take the oldest job that waits at `stage`, or whose holder went silent; None if there is none."""
@@ -90,6 +108,8 @@ class Leases:
             say("failed", ended, code="internal_error")
         if claimed is None:
             return None
+        with self._lock:
+            self._in_hand.add(claimed.number)
         if abandoned:
             say("taken over", claimed, stage=stage, step=claimed.step)
         return Lease(claimed, stage)
@@ -147,11 +167,15 @@ class Leases:
         *,
         step: int,
         expert: str,
+        passes: int = 1,
         timings: Mapping[str, float],
         saved: Mapping[str, Any] | None = None,
         preview: Mapping[str, Any] | None = None,
     ) -> None:
-        """Say that `step` steps are done, by which expert, and where the state was saved if it was."""
+        """Say that `step` steps are done, the last by which expert in how many network passes.
+
+        saved: where the state is, if it was saved.
+        """
         job = lease.job
         told = {"stage": lease.stage, "expert": expert, "step": step, "num_steps": job.num_steps}
         values: dict[str, Any] = {"step": step, "expert": expert, "timings": dict(timings)}
@@ -163,7 +187,7 @@ class Leases:
             self.journal.tell(connection, job.id, "video.in_progress", told)
             if preview is not None:
                 self.journal.tell(connection, job.id, "video.partial_frame", preview)
-            self.journal.count(connection, "passes", {**_labels(job), "expert": expert})
+            self.journal.count(connection, "passes", {**_labels(job), "expert": expert}, passes)
 
     def keep(self, lease: Lease, saved: Mapping[str, Any], timings: Mapping[str, float]) -> None:
         """Say where the state was saved. Raises LeaseLost."""

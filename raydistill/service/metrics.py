@@ -18,7 +18,7 @@ COUNTERS = {
     "jobs_completed": "Videos published",
     "jobs_failed": "Jobs that failed, by code",
     "jobs_cancelled": "Jobs cancelled or deleted before they ended",
-    "passes": "Steps of the sampler, by the expert that took them",
+    "passes": "Network passes, by expert: a step of the guided teacher is two",
     "takeovers": "Jobs taken over from a replica that went silent",
 }
 HISTOGRAMS = {

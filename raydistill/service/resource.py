@@ -60,7 +60,7 @@ def resource(job: Job, *, ahead: tuple[int, float] | None = None, extended: bool
         "progress": progress(job),
         "created_at": int(job.created_at),
         "completed_at": None if job.completed_at is None else int(job.completed_at),
-        "expires_at": None if job.expires_at is None else int(job.expires_at),
+        "expires_at": int(job.expires_at) if job.expires_at and job.state == "completed" else None,
         "prompt": request["prompt"],
         "size": f"{request['width']}x{request['height']}",
         "seconds": f"{request['frames'] / request['fps']:g}",

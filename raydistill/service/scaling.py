@@ -8,9 +8,11 @@ import math
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 from raydistill.config.serve import KeepConfig, LimitsConfig, Stage, from_environment
+from raydistill.errors import MissingArtifact
 from raydistill.service.store import JobStore, Load
 from raydistill.service.tables import open_database
 
@@ -59,15 +61,28 @@ class ByRemainingCost:
 def _look(policy: "weakref.ref[ByRemainingCost]") -> None:
     """Look again and again, until Serve has let go of the policy."""
     store: JobStore | None = None
+    pause_s = LOOK_EVERY_S
     while (mine := policy()) is not None:
         try:
             if store is None:
                 url = from_environment(mine.url, "store")
+                _require_there(url)
                 store = JobStore(open_database(url), LimitsConfig(), KeepConfig())
             mine.look(store)
+            pause_s = LOOK_EVERY_S
         except Exception:  # whatever it is, the next look may do better, and replicas stay as they are
             log.warning("the job store did not tell what waits", exc_info=True)
+            pause_s = min(5.0, pause_s * 2)
         del mine
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(pause_s)
     if store is not None:
         store.database.engine.dispose()
+
+
+def _require_there(url: str) -> None:
+    """Raise MissingArtifact for an SQLite file that is not there: an empty one says that nothing waits."""
+    file = url.removeprefix("sqlite:///")
+    if file != url and not Path(file).is_file():
+        raise MissingArtifact(
+            f"no job store at {Path(file).absolute()}: the policy's store is not the server's"
+        )

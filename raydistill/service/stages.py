@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -18,9 +19,7 @@ from raydistill.service.engine import Engine
 from raydistill.service.files import Files
 from raydistill.service.leases import Lease, Leases
 
-
-class NonFiniteError(SamplingError):
-    """The networks gave NaN or infinity: trying again gives the same."""
+log = logging.getLogger(__name__)
 
 
 class Stages:
@@ -61,7 +60,7 @@ class Stages:
             step_began = time.monotonic()
             x, x0 = engine.step(job.request, i, x, text)
             if not x.isfinite().all():
-                raise NonFiniteError(f"step {i + 1} of plan '{job.request['plan']}' gave NaN or infinity")
+                raise SamplingError(f"step {i + 1} of plan '{job.request['plan']}' gave NaN or infinity")
             timings["denoise_s"] += time.monotonic() - step_began
             timings["passes"] += engine.num_passes(job.request["plan"], i)
             state, last = None, i + 1 == job.num_steps
@@ -72,6 +71,7 @@ class Stages:
                 lease,
                 step=i + 1,
                 expert=engine.expert(job.request["plan"], i),
+                passes=engine.num_passes(job.request["plan"], i),
                 timings=timings,
                 saved=state,
                 preview=None if last else self._preview(lease, engine, x0, i),
@@ -122,7 +122,11 @@ class Stages:
         return load(self.files.read(entry))["tensor"]
 
     def _preview(self, lease: Lease, engine: Engine, x0: Tensor, i: int) -> dict[str, Any] | None:
-        picture = engine.preview(x0)
+        try:
+            picture = engine.preview(x0)
+        except Exception:  # a video is not given up for a preview
+            log.warning("%s: no preview of step %d", lease.job.id, i + 1, exc_info=True)
+            return None
         if picture is None:
             return None
         data = base64.b64encode(video.webp(picture, self.config.preview_side)).decode()

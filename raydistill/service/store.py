@@ -125,6 +125,7 @@ class JobStore:
     def _before(self, connection: sa.Connection, new: NewJob, key: str | None, is_retry: bool) -> Job | None:
         now = self.database.now()
         found = select(JOBS).where(JOBS.c.tenant == new.tenant)
+        still = JOBS.c.state != "cancelled"
         if key:
             mine = (KEYS_SEEN.c.tenant == new.tenant) & (KEYS_SEEN.c.key == key)
             old = mine & (KEYS_SEEN.c.at < now - self.keep.idempotency_s)
@@ -138,14 +139,16 @@ class JobStore:
                     "idempotency_key_reused",
                     "this Idempotency-Key came with another request before: take a new one",
                 )
-            row = connection.execute(found.where(JOBS.c.id == seen.job)).first()
-            if row is None:  # deleted since
+            row = connection.execute(found.where(still & (JOBS.c.id == seen.job))).first()
+            if row is None:  # deleted since, or cancelled as a client went away
                 connection.execute(sa.delete(KEYS_SEEN).where(mine))
             return job_of(row) if row else None
         if not is_retry:
             return None
-        same = (JOBS.c.request_hash == new.request_hash) & (
-            JOBS.c.created_at > now - self.keep.retry_window_s
+        same = (
+            still
+            & (JOBS.c.request_hash == new.request_hash)
+            & (JOBS.c.created_at > now - self.keep.retry_window_s)
         )
         row = connection.execute(found.where(same).order_by(JOBS.c.number.desc()).limit(1)).first()
         return job_of(row) if row else None
@@ -269,9 +272,11 @@ class JobStore:
         return float(cost) * float(speed or 0.0) / max(1, alive)
 
     def speed(self) -> float:
-        """Seconds per cost, the slowest bundle's; 0 as long as nothing was measured."""
+        """Seconds per cost of the slowest bundle that is asked for; 0 as long as nothing was measured."""
+        asked = select(JOBS.c.bundle).where(JOBS.c.state.in_(ACTIVE))
         with self.database.read() as connection:
-            slowest = connection.execute(select(func.max(SPEEDS.c.seconds_per_cost))).scalar()
+            speeds = select(func.max(SPEEDS.c.seconds_per_cost)).where(SPEEDS.c.bundle.in_(asked))
+            slowest = connection.execute(speeds).scalar()
         return float(slowest or 0.0)
 
     def load(self) -> Load:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -101,15 +101,26 @@ def _full(
     return dict(data)
 
 
-async def ended(store: JobStore, job: Job, mine: Mine, timeout_s: float, request: Request) -> Job:
-    """Wait until the job has ended; a client that goes away meanwhile cancels it.
+async def ended(store: JobStore, job: Job, mine: Mine, timeout_s: float, request: Request | None) -> Job:
+    """Wait until the job has ended. request: the one that made it; if its client goes away, it is cancelled.
 
     Raises RequestRefused (504) when that takes too long: the job goes on.
     """
+    try:
+        return await _ended(store, job, mine, timeout_s, request)
+    except asyncio.CancelledError:  # Serve's way to say that the client has gone
+        if request is not None:
+            with suppress(RequestRefused):  # it had ended
+                await asyncio.shield(run_in_threadpool(store.cancel, job.id, mine))
+        raise
+
+
+async def _ended(store: JobStore, job: Job, mine: Mine, timeout_s: float, request: Request | None) -> Job:
     deadline, wait = time.monotonic() + timeout_s, LOOK_EVERY_S / 2
     while not job.ended:
-        if await request.is_disconnected():
-            await run_in_threadpool(store.cancel, job.id, mine)
+        if request is not None and await request.is_disconnected():
+            with suppress(RequestRefused):
+                await run_in_threadpool(store.cancel, job.id, mine)
             raise RequestRefused(499, "client_closed_request", "the client went away")
         if time.monotonic() > deadline:
             message = f"not ready after {timeout_s:g} s; it goes on: GET /v1/videos/{job.id}"

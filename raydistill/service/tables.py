@@ -98,6 +98,12 @@ ADMISSIONS = sa.Table(  # beside the jobs, which their owners may delete
     Column("at", SECONDS, nullable=False),
     Index("admissions_tenant", "tenant", "at"),
 )
+ABOUT = sa.Table(
+    "about",
+    META,
+    Column("name", String(64), primary_key=True),
+    Column("value", String(64), nullable=False),
+)
 KEYS_SEEN = sa.Table(
     "idempotency",
     META,

@@ -26,7 +26,7 @@ def serve_config(folder: Path, bundles: dict[str, str], port: int, pipeline: str
     store = f"sqlite:///{folder}/jobs.sqlite"
     application["args"] |= {"store": store, "artifacts": f"{folder}/artifacts", "logs": f"{folder}/logs"}
     application["args"] |= {"bundles": bundles, "pipeline": pipeline}
-    application["args"]["worker"] |= {"lease_s": 2, "heartbeat_s": 0.5, "strikes": 10}
+    application["args"]["worker"] |= {"lease_s": 2, "heartbeat_s": 0.5}
     application["args"]["limits"] |= {"body_timeout_s": 5}
     scaling = deployment(config, "Sampler")["autoscaling_config"]
     scaling |= {"upscale_delay_s": 0.5, "downscale_delay_s": 5, "downscale_to_zero_delay_s": 5}

@@ -100,8 +100,9 @@ def test_ten_killed_replicas_cost_no_video_and_make_none_twice(server):
     published = [job for job in logged["published"] if job in shown]
     assert len(published) == len(set(published))
     assert set(cancelled) <= set(logged["cancelled"])
-    assert completed - set(published) <= completed  # a line may be lost with the process that was to write it
-    assert len(completed - set(published)) <= 10
+    # The store's journal is exact. A line of the log may be lost with the process that was about to write it.
+    assert len(completed - set(published)) <= len(killer.killed)
+    assert not set(logged["failed"]) & set(jobs)
 
 
 def test_a_canary_takes_its_share_and_is_rolled_back_without_loading_again(server):
@@ -210,6 +211,7 @@ def test_a_restart_of_everything_keeps_the_queue(server, tmp_path_factory):
     for thread in threads:
         thread.join()
     listed = server.ask("/v1/videos?limit=8")[2]["data"]
+    assert {one["status"] for one in listed} & {"queued", "in_progress"}
     server._serve("shutdown", "-y")
     bundles = {"first": str(server.folder / "first"), "second": str(server.folder / "second")}
     with served(server.folder, bundles, pipeline="staged") as anew:

@@ -9,7 +9,7 @@ from bundle_cases import save_untrained_bundle
 from service_cases import start_worker
 from worker_cases import Place, expected_digest
 
-from raydistill.errors import ArtifactError, CorruptArtifact, InvalidValue
+from raydistill.errors import ArtifactError, CorruptArtifact, InvalidValue, MissingArtifact
 from raydistill.service.files import Files
 
 
@@ -51,7 +51,7 @@ def test_what_was_written_comes_back_whole_and_in_parts(files):
     files.remove("videos/a")
     files.remove("videos/a")
     assert files.folders("videos") == []
-    with pytest.raises(OSError, match=r"video\.mp4"):
+    with pytest.raises(MissingArtifact, match=r"video\.mp4"):
         files.read(entry)
 
 

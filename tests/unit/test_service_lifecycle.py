@@ -299,8 +299,8 @@ def test_an_expired_video_is_gone_but_not_its_record(serve):
     assert ask(server, "GET", f"{path}/content").status == 200  # until the janitor comes
     assert files.folders("videos") == [given["id"]]
     janitor = Janitor(server.store.database, files, server.config.keep, 10.0)
-    assert janitor.round(server.ingress.catalog.labels)["expired"] == 1
-    assert janitor.round(server.ingress.catalog.labels)["expired"] == 0
+    assert janitor.round(server.ingress.catalog.labels)["expired videos"] == 1
+    assert janitor.round(server.ingress.catalog.labels)["expired videos"] == 0
     for variant in ("video", "thumbnail", "spritesheet"):
         with pytest.raises(openai.APIStatusError) as gone:
             official(server.url, retries=2).videos.download_content(given["id"], variant=variant)

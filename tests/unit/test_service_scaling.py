@@ -75,5 +75,5 @@ def test_a_store_named_by_an_environment_variable(value, tmp_path, monkeypatch):
     policy = ByRemainingCost(value)
     context = SimpleNamespace(target_num_replicas=2)
     assert policy(context)[0] == 2
-    monkeypatch.setenv("NO_SUCH_STORE", f"sqlite:///{tmp_path}/jobs.sqlite")
+    monkeypatch.setenv("NO_SUCH_STORE", Store(f"sqlite:///{tmp_path}/jobs.sqlite").url)
     wait_for(policy, 0, context)

@@ -121,6 +121,34 @@ def test_a_heartbeat_renews_leases_but_not_those_of_a_hung_stage(store):
     assert second.claim("encode", [BUNDLE]) is not None
 
 
+def test_what_nobody_works_on_is_not_renewed(store):
+    """A worker whose claim or write went through while its answer was lost."""
+    jobs, first, second = store.jobs(), store.worker("a"), store.worker("b")
+    jobs.create(new_job())
+    first.done(first.claim("encode", [BUNDLE]))
+    store.silence()
+    first.heartbeat()
+    assert second.claim("encode", [BUNDLE]) is not None
+
+
+def test_a_worker_that_was_taken_off_the_list_comes_back(store):
+    worker = store.worker("a")
+    worker.leave()
+    assert store.jobs().workers() == []
+    worker.heartbeat()
+    (row,) = store.jobs().workers()
+    assert (row["id"], row["bundles"]) == ("a", [BUNDLE])
+
+
+def test_a_request_that_was_cancelled_can_be_sent_again(store):
+    jobs = store.jobs()
+    first = jobs.create(new_job(request_hash="same"), key="k")
+    jobs.cancel(first.id, None)
+    again = jobs.create(new_job(request_hash="same"), key="k")
+    assert again.id != first.id
+    assert jobs.create(new_job(request_hash="same"), is_retry=True).id == again.id
+
+
 def test_a_job_that_kills_its_workers_fails_in_the_end(store):
     jobs, worker = store.jobs(), store.worker("a", strikes=3)
     made = jobs.create(new_job())
