@@ -52,8 +52,8 @@ class AuthConfig:
     """Who may ask."""
 
     required: bool = True
-    """Every request but those for health and the page needs an API key (`jobs/keys.py`). Off only where the
-    port cannot be reached by others."""
+    """Every request but those for /health, /ready, /openapi.json and the page needs an API key, see
+    `jobs/keys.py`. Off only where the port cannot be reached by others."""
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Host names that requests may carry where no key is required: others come from a page that was led here
     by its name server."""
@@ -80,9 +80,10 @@ class WorkerConfig:
     checkpoint_every_s: float = 0.5
     """The state is saved after each step that ends so long after the last save; 0: after every step."""
     strikes: int = 3
-    """A job that costs so many replicas their lives without getting on fails as internal_error."""
+    """A job that so many attempts in a row died or failed over, for no known reason and without getting on,
+    fails as internal_error."""
     retry_after_s: float = 1.0
-    """First wait after a failure of storage or of unknown cause; doubles each time."""
+    """First wait of a job after a failure of storage or of unknown cause; doubles each time."""
     encode_ahead: int = 4
     """Jobs that wait with their text encoded; more are not encoded yet."""
     previews: Previews = "codec"
