@@ -28,7 +28,9 @@ def browser():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("there is no chromium on PATH")
     expect.set_options(timeout=20000)
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        running = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield running
         running.close()
 
