@@ -173,6 +173,37 @@ def test_what_would_fail_again_fails_once(place):
     assert "NaN" in job.error_message
 
 
+def test_memory_that_another_stage_had_is_waited_for_once(place):
+    worker = place.worker()
+    (engine,) = worker.engines.values()
+
+    def too_large(request, i, x, text):
+        raise MemoryError
+
+    engine.step = too_large
+    worker.start()
+    job = place.wait(place.ask())
+    worker.stop()
+    assert (job.state, job.error_code, job.attempt) == ("failed", "out_of_memory", 2)
+
+
+def test_a_worker_that_hangs_in_a_stage_is_not_well(tmp_path, bundle):
+    place = Place(tmp_path, bundle, worker={"stage_timeout_s": 0.2})
+    worker, goes_on = place.worker(), threading.Event()
+    (engine,) = worker.engines.values()
+    take = engine.step
+    engine.step = lambda *given: (goes_on.wait(10), take(*given))[1]
+    worker.start()
+    assert worker.alive()
+    place.ask()
+    deadline = time.monotonic() + 10
+    while worker.alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    goes_on.set()
+    worker.stop()
+
+
 def test_storage_that_is_away_for_a_while_costs_no_video(tmp_path, bundle):
     place = Place(tmp_path, bundle, worker={"retry_after_s": 0.05, "strikes": 2})
     root = Path(place.config.artifacts)
