@@ -119,8 +119,7 @@ class Worker:
 
     def _loop(self, stage: Stage) -> None:
         failures = 0
-        # A sibling that ends the stage before wakes this one: only what others leave needs looking for.
-        poll_s = self.config.poll_s * (1 if stage == self.stages[0] else SIBLING_WAKES)
+        first = stage == self.stages[0]
         while not self.stopping.is_set():
             try:
                 lease = self.leases.claim(stage, sorted(self.engines))
@@ -129,6 +128,9 @@ class Worker:
                 log.warning("the job store did not answer", exc_info=True)
                 lease, failures = None, failures + 1
             if lease is None:
+                # A sibling that ends its work wakes this one: until then a look would only hold it up, as
+                # Python runs one thread at a time; and what comes from the stage before needs none.
+                poll_s = self.config.poll_s * (1 if first and not self._begun else SIBLING_WAKES)
                 self._woken[stage].wait(min(LONGEST_WAIT_S, poll_s * 2**failures))
                 self._woken[stage].clear()
             else:
