@@ -267,25 +267,27 @@ def test_a_new_version_is_loaded_beside_the_old_one(tmp_path, bundle):
 
 
 def test_a_step_longer_than_the_lease_is_not_lost_to_a_stop(tmp_path, bundle):
-    place = Place(tmp_path, bundle, worker={"lease_s": 0.6, "heartbeat_s": 0.1})
+    place = Place(tmp_path, bundle, worker={"lease_s": 0.5, "heartbeat_s": 0.1})
     job, first, second = place.ask(plan="4"), place.worker(), place.worker()
     (engine,) = first.engines.values()
-    take = engine.step
+    take, renewed = engine.step, []
 
     def slow(request, i, x, text):
         if i == 1:
             first.stopping.set()
-            time.sleep(1.5)
+            claimed = place.store.get(job, None).leased_at  # renewed until what the claim gave is over
+            last = claimed + 2 * place.config.worker.lease_s
+            renewed.append(place.wait(job, until=lambda job: job.lease_until > last, timeout_s=10.0))
         return take(request, i, x, text)
 
     engine.step = slow
     first.start()
     place.wait(job, until=lambda job: job.owner == first.id and job.step == 1)
-    second.start()
     first.stop()
+    second.start()
     done = place.wait(job)
     second.stop()
-    assert done.state == "completed"
+    assert renewed and done.state == "completed"
     assert place.steps_taken(job) == [1, 2, 3, 4]
     with place.database.read() as connection:  # given back, not taken
         assert "takeovers" not in connection.execute(select(TOTALS.c.name)).scalars().all()
