@@ -2,12 +2,15 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Before anything imports the package: every annotated shape in the mathematics is enforced from here on.
 install_import_hook("raydistill.consistency", "beartype.beartype")
+
+pytest.register_assert_rewrite("conformance")  # asserts of its own, in no test file
 
 torch.set_num_threads(1)
 

@@ -10,6 +10,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from raydistill.errors import RequestRefused
 from raydistill.service.files import Files
+from raydistill.service.http import refusal
 from raydistill.service.tables import Job
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
@@ -20,8 +21,8 @@ RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 def content(job: Job, variant: str, request: Request, files: Files, *, redirect: bool) -> Response:
     """Answer with a finished job's file, or the part of it that is asked for.
 
-    Raises RequestRefused: 400 for another variant, 409 while it is not there, 410 when it is no more, 416
-    for a range outside the file.
+    A range outside the file is answered 416. Raises RequestRefused: 400 for another variant, 409 while it is
+    not there, 410 when it is no more.
     """
     entry = _entry(job, variant)
     if redirect:
@@ -39,7 +40,12 @@ def content(job: Job, variant: str, request: Request, files: Files, *, redirect:
     size, wanted = entry["bytes"], request.headers.get("range")
     if wanted and request.headers.get("if-range", headers["etag"]) != headers["etag"]:
         wanted = None  # a range of another version: the whole of this one
-    part = _range(wanted, size)
+    try:
+        part = _range(wanted, size)
+    except RequestRefused as refused:
+        answer = refusal(refused)
+        answer.headers["content-range"] = f"bytes */{size}"
+        return answer
     start, end = part or (0, size)
     if part:
         headers["content-range"] = f"bytes {start}-{end - 1}/{size}"

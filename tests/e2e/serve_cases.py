@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import yaml
+from conformance import QUEUED_JOBS
 from ray_head import free_ports, ray_head
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,7 @@ def serve_config(folder: Path, bundles: dict[str, str], port: int, pipeline: str
     application["args"] |= {"store": store, "artifacts": f"{folder}/artifacts", "logs": f"{folder}/logs"}
     application["args"] |= {"bundles": bundles, "pipeline": pipeline}
     application["args"]["worker"] |= {"lease_s": 2, "heartbeat_s": 0.5}
-    application["args"]["limits"] |= {"body_timeout_s": 5}
+    application["args"]["limits"] |= {"body_timeout_s": 5, "queued_jobs": QUEUED_JOBS}
     scaling = deployment(config, "Sampler")["autoscaling_config"]
     scaling |= {"upscale_delay_s": 0.5, "downscale_delay_s": 5, "downscale_to_zero_delay_s": 5}
     scaling["policy"]["policy_kwargs"] = {"store": store, "drain_s": 2}
@@ -45,7 +46,8 @@ class Served:
 
     def __init__(self, folder: Path, address: str, environment: dict[str, str], config: dict):
         self.folder, self.address, self.environment, self.config = folder, address, environment, config
-        self.url = f"http://127.0.0.1:{config['http_options']['port']}"
+        self.port = config["http_options"]["port"]
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def deploy(self) -> None:
         """Deploy the config as it is now, and wait until it is so."""
@@ -146,7 +148,7 @@ class Killer:
         self.thread.start()
 
     def _run(self) -> None:
-        deadline = time.monotonic() + 280
+        deadline = time.monotonic() + 480
         while len(self.killed) < self.count and time.monotonic() < deadline:
             alive = [one["pid"] for one in self.server.workers() if one["pid"] not in self.killed]
             if alive:

@@ -4,26 +4,26 @@ import collections
 import socket
 import threading
 import time
-import warnings
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from bundle_cases import save_untrained_bundle
-from serve_cases import PROMPT, Killer, deployment, served
+from bundle_cases import conformance_bundles, save_untrained_bundle
+from conformance import CONFORMANCE
+from serve_cases import Killer, deployment, served
 
 from raydistill.service.tables import EVENTS, open_database
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 TAIL = "2+tail"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
-    first = save_untrained_bundle(folder, name="first")
+    bundles = conformance_bundles(folder, save_untrained_bundle(folder, name="first"))
     save_untrained_bundle(folder, name="second", seed=3)
-    with served(folder, {"first": str(first)}) as running:
+    with served(folder, bundles) as running:
         yield running
 
 
@@ -49,18 +49,10 @@ def test_from_no_replica_to_a_video_and_back(server):
     assert again["x_raydistill"]["latents_sha256"] == job["x_raydistill"]["latents_sha256"]
 
 
-def test_the_official_client_makes_a_video(server):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated there, the open servers' contract here
-        import openai
-
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        video = client.videos.create_and_poll(prompt=PROMPT, extra_body={"num_inference_steps": 2})
-        assert video.status == "completed"
-        assert client.videos.download_content(video.id).read()[4:8] == b"ftyp"
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.videos.create(prompt=PROMPT, extra_body={"num_inference_stps": 2})
-        assert (refused.value.code, refused.value.param) == ("unknown_parameter", "num_inference_stps")
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+@pytest.mark.parametrize("check", CONFORMANCE, ids=lambda check: check.__name__)
+def test_clients_may_rely_on_it(server, check):
+    check(server)
 
 
 def test_more_work_brings_more_replicas(server):
@@ -108,7 +100,7 @@ def test_ten_killed_replicas_cost_no_video_and_make_none_twice(server):
 def test_a_canary_takes_its_share_and_is_rolled_back_without_loading_again(server):
     args = server.config["applications"][0]["args"]
     folder = server.folder
-    bundles = {"first": args["bundles"]["first"], "second": str(folder / "second")}
+    bundles = {"first": args["bundles"]["tiny"], "second": str(folder / "second")}
     scaling = deployment(server.config, "Sampler")["autoscaling_config"]
     scaling["min_replicas"] = 1  # it shall not go for want of work meanwhile
     server.deploy()
@@ -143,7 +135,6 @@ def test_a_canary_takes_its_share_and_is_rolled_back_without_loading_again(serve
 
 def test_stalled_connections_do_not_hold_up_honest_ones(server):
     server.wait(server.create())
-    port = server.config["http_options"]["port"]
 
     def p95(count=60) -> float:
         seconds = []
@@ -154,7 +145,7 @@ def test_stalled_connections_do_not_hold_up_honest_ones(server):
         return float(np.percentile(seconds, 95))
 
     def stall(halfway: bytes) -> socket.socket:
-        one = socket.create_connection(("127.0.0.1", port))
+        one = socket.create_connection(("127.0.0.1", server.port))
         one.sendall(halfway)
         return one
 
@@ -174,17 +165,15 @@ def test_stalled_connections_do_not_hold_up_honest_ones(server):
 
 
 def test_too_large_a_body_is_refused_before_it_is_read(server):
-    port = server.config["http_options"]["port"]
-    with socket.create_connection(("127.0.0.1", port)) as one:
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
         one.sendall(b"POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000000\r\n\r\n")
         one.settimeout(15)
         assert b"413" in one.recv(4096).splitlines()[0]
 
 
 def test_a_client_that_hangs_up_cancels_its_synchronous_video(server):
-    port = server.config["http_options"]["port"]
     busy = [server.create(plan=TAIL) for _ in range(10)]
-    with socket.create_connection(("127.0.0.1", port)) as one:
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
         body = b'{"prompt": "gone", "plan": "2+tail"}'
         one.sendall(
             b"POST /v1/videos/sync HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"

@@ -12,7 +12,7 @@ from raydistill.models.lora import add_lora, lora_state
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.sampler import build_plan, with_tail
 from raydistill.service.export import export_bundle
-from raydistill.student import Card, save_student
+from raydistill.student import Card, load_student, read_card, save_student
 
 ROOT = Path(__file__).resolve().parents[2]
 CODEC = ROOT / "raydistill" / "world" / "weights" / "codec"
@@ -37,6 +37,30 @@ def sources_of(bundle) -> tuple[Path, Path]:
     """Student and teacher of a bundle made here."""
     made = bundle.with_name(f"{bundle.name}-made")
     return made / "student", made / "teacher"
+
+
+def save_broken_bundle(folder, bundle, name="broken") -> Path:
+    """Export the dual student of `bundle` with infinite weights in its detail expert, which then gives NaN.
+
+    Its default plan of one step leaves that expert out.
+    """
+    student, teacher = sources_of(bundle)
+    card, plans = read_card(student)
+    fields = load_student(student, teacher, merged=False).fields
+    for weight in fields["detail"].parameters():
+        weight.data.fill_(float("inf"))
+    made = Path(folder) / f"{name}-made"
+    semantic = load_student(student, teacher).fields["semantic"]
+    without_tail = {plan: of for plan, of in plans.items() if plan != "2+tail"}
+    save_student(made / "student", card, semantic, fields["detail"], without_tail)
+    output = Path(folder) / name
+    return export_bundle(made / "student", CODEC, output, name=name, fps=8, default_plan="1").folder
+
+
+def conformance_bundles(folder, bundle) -> dict[str, str]:
+    """The models that `conformance` asks for, of which `tiny` is the given bundle."""
+    long = save_untrained_bundle(folder, name="long", grid=TimeGrid(4000))
+    return {"tiny": str(bundle), "broken": str(save_broken_bundle(folder, bundle)), "long": str(long)}
 
 
 def export_again(bundle, output, **changes):

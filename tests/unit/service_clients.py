@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import openai
+from prometheus_client.parser import text_string_to_metric_families
 
 RESET = struct.pack("ii", 1, 0)
 """For SO_LINGER: closing sends a reset."""
@@ -92,6 +93,55 @@ def made(server, **values: Any) -> dict[str, Any]:
     video = settled(server, create(server, **values)["id"])
     assert video["status"] == "completed", video
     return video
+
+
+def total(server, name: str, **labels: str) -> float:
+    """Sum of a metric over all labels that are not given."""
+    text = ask(server, "GET", "/metrics").body.decode()
+    samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
+    assert any(one.name.startswith("raydistill_") for one in samples)
+    return sum(
+        one.value
+        for one in samples
+        if one.name == f"raydistill_{name}" and labels.items() <= one.labels.items()
+    )
+
+
+@contextmanager
+def stream(server, video_id: str, after: int = 0):
+    """Open an event stream, as soon as there is a place for it."""
+
+    def opened():
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection.request("GET", f"/v1/videos/{video_id}/events", headers={"Last-Event-ID": str(after)})
+        answer = connection.getresponse()
+        return (connection, answer) if answer.status == 200 else connection.close()
+
+    connection, answer = until(opened)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    try:
+        yield events(answer)
+    finally:
+        answer.close()
+        connection.close()
+
+
+def events(answer):
+    """Read (id, kind, data) one by one."""
+    lines = []
+    for raw in answer:
+        if line := raw.decode().rstrip("\r\n"):
+            lines.append(line)
+            continue
+        fields = dict(one.split(": ", 1) for one in lines if not one.startswith(":"))
+        lines = []
+        if fields:
+            yield int(fields["id"]), fields["event"], json.loads(fields["data"])
+
+
+def follow(server, video_id: str, after: int = 0):
+    with stream(server, video_id, after) as told:
+        return list(told)
 
 
 def official(url: str, key: str = "unused", *, retries: int = 0, sent: list[Any] | None = None):

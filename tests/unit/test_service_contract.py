@@ -3,25 +3,17 @@
 import io
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import av
 import openai
 import pytest
-from bundle_cases import CODEC, save_untrained_bundle, sources_of
+from bundle_cases import conformance_bundles, save_untrained_bundle
+from conformance import CONFORMANCE, QUEUED_JOBS
 from PIL import Image
 from service_cases import serving, settings
-from service_clients import ask, create, made, official, settled
-
-from raydistill.service.export import export_bundle
-from raydistill.student import load_student, read_card, save_student
+from service_clients import ask, made, official
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-REQUIRED = {
-    "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "prompt",
-    "size", "seconds", "remixed_from_video_id", "error",
-}  # fmt: skip
 PROMPT = "a red square moves left"
 
 
@@ -31,26 +23,13 @@ def bundle(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def broken(bundle, tmp_path_factory):
-    """A bundle whose detail expert gives NaN: made by exporting a student with infinite weights."""
-    student, teacher = sources_of(bundle)
-    card, plans = read_card(student)
-    fields = load_student(student, teacher, merged=False).fields
-    for weight in fields["detail"].parameters():
-        weight.data.fill_(float("inf"))
-    folder = tmp_path_factory.mktemp("broken")
-    semantic = load_student(student, teacher).fields["semantic"]
-    one_of_ours = {name: plan for name, plan in plans.items() if name != "2+tail"}
-    save_student(folder / "student", replace(card), semantic, fields["detail"], one_of_ours)
-    made = export_bundle(folder / "student", CODEC, folder / "b", name="broken", fps=8, default_plan="1")
-    return made.folder
-
-
-@pytest.fixture(scope="module")
-def server(bundle, broken, tmp_path_factory):
+def server(bundle, tmp_path_factory):
     """A server with a worker for all tests that leave nothing behind."""
-    bundles = {"tiny": str(bundle), "broken": str(broken)}
-    with serving(settings(tmp_path_factory.mktemp("serve"), bundle, bundles=bundles)) as running:
+    folder = tmp_path_factory.mktemp("serve")
+    config = settings(
+        folder, bundle, bundles=conformance_bundles(folder, bundle), limits={"queued_jobs": QUEUED_JOBS}
+    )
+    with serving(config) as running:
         yield running
 
 
@@ -82,26 +61,17 @@ def jobs(server) -> int:
     return server.store.load().queued
 
 
-def test_a_form_makes_a_video_and_every_key_of_the_resource_is_there(client):
-    extra = {"num_inference_steps": 2, "seed": 7, "fps": 8, "guidance_scale": 2.0}
-    given = client.videos.create(prompt=PROMPT, model="tiny", seconds="2", size="32x32", extra_body=extra)
-    shown = given.to_dict()
-    assert shown.keys() == REQUIRED | {"x_raydistill"}
-    assert (given.object, given.status, given.progress, given.error) == ("video", "queued", 0, None)
-    assert (given.prompt, given.model, given.seconds, given.size) == (PROMPT, "tiny", "2", "32x32")
-    about = shown["x_raydistill"]
-    assert {k: about[k] for k in ("plan", "num_steps", "seed", "fps", "num_frames")} == {
-        "plan": "2", "num_steps": 2, "seed": 7, "fps": 8, "num_frames": 16,
-    }  # fmt: skip
-    assert client.videos.poll(given.id, poll_interval_ms=20).status == "completed"
+@pytest.mark.parametrize("check", CONFORMANCE, ids=lambda check: check.__name__)
+def test_clients_may_rely_on_it(server, check):
+    check(server)
 
 
-def test_json_of_older_clients_makes_the_same_video_as_a_form(server, client):
-    values = {"prompt": PROMPT, "model": "tiny", "seconds": "2", "size": "32x32", "seed": 7}
-    given = client.videos.create(**{k: v for k, v in values.items() if k != "seed"}, extra_body={"seed": 7})
-    videos = [settled(server, create(server, **values)["id"]), settled(server, given.id)]
-    same = [(v["x_raydistill"]["latents_sha256"], v["prompt"], v["size"], v["seconds"]) for v in videos]
-    assert same[0] == same[1]
+def test_a_deleted_videos_files_are_removed_with_it(server, client):
+    given = made(server)
+    folder = Path(server.config.artifacts) / "videos"
+    assert list(folder.glob(given["id"]))
+    client.videos.delete(given["id"])
+    assert not list(folder.glob(given["id"]))
 
 
 @pytest.mark.parametrize("wrapper", ["extra_params", "extra_body"])
@@ -155,104 +125,6 @@ def test_a_file_is_no_prompt(refusing):
     assert jobs(refusing) == 0
 
 
-def test_create_and_poll_gives_a_video_that_plays(client):
-    given = client.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=20, extra_body={"plan": "2+tail"})
-    assert (given.status, given.progress, given.error) == ("completed", 100, None)
-    assert given.completed_at >= given.created_at
-    assert given.expires_at > given.completed_at
-    timings = given.to_dict()["x_raydistill"]["timings"]
-    assert all(timings[f"{stage}_s"] > 0 for stage in ("queue", "encode", "denoise", "decode"))
-    assert timings["passes"] == 14  # two of the student, six of the guided teacher
-    data = client.videos.download_content(given.id).read()
-    with av.open(io.BytesIO(data)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        assert container.streams.video[0].average_rate == 8
-    assert len(frames) == 16
-    assert frames[0].shape == (32, 32, 3)
-
-
-def test_polling_a_job_that_fails_raises_nothing(client):
-    given = client.videos.create_and_poll(
-        prompt=PROMPT, model="broken", poll_interval_ms=20, extra_body={"num_inference_steps": 4}
-    )
-    assert (given.status, given.error.code) == ("failed", "generation_failed")
-    assert "NaN" in given.error.message
-    with pytest.raises(openai.ConflictError) as refused:
-        client.videos.download_content(given.id)
-    assert refused.value.code == "video_failed"
-    assert client.videos.create_and_poll(prompt=PROMPT, model="broken", poll_interval_ms=20).status == (
-        "completed"  # its default plan leaves the broken expert out
-    )
-
-
-@pytest.mark.parametrize("order", ["asc", "desc"])
-def test_listing_goes_over_three_pages_in_both_orders(idle, order):
-    ids = [create(idle)["id"] for _ in range(7)]
-    sent = []
-    pages = list(official(idle.url, sent=sent).videos.list(limit=3, order=order).iter_pages())
-    assert [len(page.data) for page in pages] == [3, 3, 1]
-    assert [page.has_more for page in pages] == [True, True, False]
-    assert len(sent) == 3
-    assert [v.id for page in pages for v in page.data] == (ids if order == "asc" else ids[::-1])
-    assert all((page.data[0].id, page.data[-1].id) == (page.first_id, page.last_id) for page in pages)
-    assert ask(idle, "GET", "/v1/videos?limit=0").json == {
-        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": True,
-    }  # fmt: skip
-
-
-def test_a_deleted_video_is_gone_at_once(server, client):
-    given, sent = made(server), []
-    gone = client.videos.delete(given["id"])
-    assert gone.to_dict() == {"id": given["id"], "object": "video.deleted", "deleted": True}
-    assert not list((Path(server.config.artifacts) / "videos").glob(given["id"]))
-    again = official(server.url, retries=2, sent=sent)
-    for call in (again.videos.retrieve, again.videos.delete, again.videos.download_content):
-        with pytest.raises(openai.NotFoundError) as missing:
-            call(given["id"])
-        assert missing.value.code == "video_not_found"
-    assert len(sent) == 3
-
-
-def test_content_before_it_is_ready_is_asked_for_once(idle):
-    sent = []
-    client = official(idle.url, retries=2, sent=sent)
-    given = client.videos.create(prompt=PROMPT)
-    with pytest.raises(openai.ConflictError) as early:
-        client.videos.download_content(given.id)
-    assert early.value.code == "video_not_ready"
-    assert len(sent) == 2
-
-
-def test_parts_of_the_file(server, video):
-    path = f"/v1/videos/{video['id']}/content"
-    whole = ask(server, "GET", path)
-    size, etag = len(whole.body), whole.headers["etag"]
-    assert (whole.status, whole.headers["content-type"]) == (200, "video/mp4")
-    assert (whole.headers["content-length"], whole.headers["accept-ranges"]) == (str(size), "bytes")
-    wanted = {
-        "bytes=0-9": slice(0, 10), "bytes=100-": slice(100, None), "bytes=-7": slice(-7, None),
-        f"bytes=5-{size * 2}": slice(5, None), f"bytes=-{size * 2}": slice(0, None),
-    }  # fmt: skip
-    for value, part in wanted.items():
-        answer = ask(server, "GET", path, headers={"range": value})
-        first, last, _ = part.indices(size)
-        assert (answer.status, answer.body) == (206, whole.body[part])
-        assert answer.headers["content-range"] == f"bytes {first}-{last - 1}/{size}"
-    for value in (f"bytes={size}-", "bytes=-0", "bytes=9-3"):
-        answer = ask(server, "GET", path, headers={"range": value})
-        assert (answer.status, answer.code) == (416, "invalid_range")
-    for value in ("bytes=0-1,3-4", "lines=0-1", "bytes=a-b"):  # what a server may leave alone
-        assert ask(server, "GET", path, headers={"range": value}).body == whole.body
-    same = ask(server, "GET", path, headers={"range": "bytes=0-9", "if-range": etag})
-    other = ask(server, "GET", path, headers={"range": "bytes=0-9", "if-range": '"another"'})
-    assert (same.status, other.status, other.body) == (206, 200, whole.body)
-    for value in (etag, f'"x", W/{etag}', "*"):
-        answer = ask(server, "GET", path, headers={"if-none-match": value})
-        assert (answer.status, answer.body, answer.headers["etag"]) == (304, b"", etag)
-    head = ask(server, "HEAD", path)
-    assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(size))
-
-
 @pytest.mark.parametrize(("variant", "size"), [("thumbnail", (32, 32)), ("spritesheet", (128, 128))])
 def test_pictures_of_the_video(client, video, variant, size):
     answer = client.videos.download_content(video["id"], variant=variant)
@@ -266,7 +138,7 @@ def test_pictures_of_the_video(client, video, variant, size):
 
 def test_models_say_what_may_be_asked_of_them(server, client):
     models = client.models.list().data
-    assert [one.id for one in models] == ["tiny", "broken"]
+    assert [one.id for one in models] == ["tiny", "broken", "long"]
     about = models[0].to_dict()["x_raydistill"]
     assert (about["steps"], about["default_plan"], about["fps"]) == ([1, 2, 4, 8], "4", 8)
     assert about["shapes"] == [{"size": "32x32", "num_frames": 16}]
@@ -282,7 +154,11 @@ def test_models_say_what_may_be_asked_of_them(server, client):
 def test_health_and_the_schema_need_nothing(server):
     assert ask(server, "GET", "/health").json == {"status": "ok"}
     ready = ask(server, "GET", "/ready")
-    assert (ready.status, ready.json["status"], ready.json["models"]) == (200, "ready", ["tiny", "broken"])
+    assert (ready.status, ready.json["status"], ready.json["models"]) == (
+        200,
+        "ready",
+        ["tiny", "broken", "long"],
+    )
     schema = ask(server, "GET", "/openapi.json").json
     body = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
     assert body.keys() == {"application/json", "multipart/form-data"}

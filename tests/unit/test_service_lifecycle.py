@@ -1,21 +1,14 @@
 """From acceptance to the end: cancelling, deleting, remixing, waiting, following, expiry, totals."""
 
-import base64
-import http.client
-import io
 import json
-import re
 import socket
 import time
-from contextlib import contextmanager
 
 import openai
 import pytest
 from bundle_cases import save_untrained_bundle
-from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 from service_cases import serving, settings, start_worker
-from service_clients import ask, create, made, official, settled, show, until
+from service_clients import ask, create, follow, made, official, settled, show, stream, total, until
 
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.service.files import Files
@@ -51,55 +44,6 @@ def serve(bundle, tmp_path):
     yield start
     for context in reversed(entered):
         context.__exit__(None, None, None)
-
-
-def total(server, name: str, **labels: str) -> float:
-    """Sum of a metric over all labels that are not given."""
-    text = ask(server, "GET", "/metrics").body.decode()
-    samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
-    assert any(one.name.startswith("raydistill_") for one in samples)
-    return sum(
-        one.value
-        for one in samples
-        if one.name == f"raydistill_{name}" and labels.items() <= one.labels.items()
-    )
-
-
-@contextmanager
-def stream(server, video_id: str, after: int = 0):
-    """Open an event stream, as soon as there is a place for it."""
-
-    def opened():
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-        connection.request("GET", f"/v1/videos/{video_id}/events", headers={"Last-Event-ID": str(after)})
-        answer = connection.getresponse()
-        return (connection, answer) if answer.status == 200 else connection.close()
-
-    connection, answer = until(opened)
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    try:
-        yield events(answer)
-    finally:
-        answer.close()
-        connection.close()
-
-
-def events(answer):
-    """Read (id, kind, data) one by one."""
-    lines = []
-    for raw in answer:
-        if line := raw.decode().rstrip("\r\n"):
-            lines.append(line)
-            continue
-        fields = dict(one.split(": ", 1) for one in lines if not one.startswith(":"))
-        lines = []
-        if fields:
-            yield int(fields["id"]), fields["event"], json.loads(fields["data"])
-
-
-def follow(server, video_id: str, after: int = 0):
-    with stream(server, video_id, after) as told:
-        return list(told)
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/cancel"), ("DELETE", "")])
@@ -184,20 +128,6 @@ def test_a_remix_may_say_otherwise_in_any_words(server, given, plan):
     assert (about["plan"], about["seed"]) == (plan, given.get("seed", 77))
 
 
-def test_the_synchronous_request_answers_with_the_file(server):
-    answer = ask(server, "POST", "/v1/videos/sync", {"prompt": PROMPT, "seed": 3})
-    assert (answer.status, answer.headers["content-type"]) == (200, "video/mp4")
-    video = show(server, answer.headers["x-raydistill-video-id"])
-    assert answer.body == ask(server, "GET", f"/v1/videos/{video['id']}/content").body
-    assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
-    assert (answer.headers["x-model"], answer.headers["x-raydistill-seed"]) == ("tiny", "3")
-    stages = json.loads(answer.headers["x-stage-durations"])
-    timings = video["x_raydistill"]["timings"]
-    assert stages == {name: timings[f"{name}_s"] for name in ("queue", "encode", "denoise", "decode")}
-    worked = sum(stages[name] for name in ("encode", "denoise", "decode"))
-    assert float(answer.headers["x-inference-time-s"]) == pytest.approx(worked, abs=1e-5)
-
-
 def test_a_synchronous_request_that_takes_too_long_leaves_its_job(serve):
     server, sent = serve(workers=0, limits={"sync_timeout_s": 0.2}), []
     with pytest.raises(openai.InternalServerError) as late:
@@ -225,35 +155,6 @@ def test_who_hangs_up_on_a_synchronous_request_cancels_it(serve):
     assert len(ask(server, "GET", "/v1/videos").json["data"]) == 1
     with stream(server, video["id"]) as told:  # its place is free again
         assert next(told)[1] == "video.queued"
-
-
-def test_events_tell_the_whole_story_and_any_rest_of_it(server):
-    begun = create(server, num_inference_steps=4)["id"]
-    live = follow(server, begun)
-    ids, kinds = [one[0] for one in live], [one[1] for one in live]
-    assert ids == sorted(set(ids))
-    assert kinds[0] == "video.queued"
-    assert live[-1][1:] == ("video.completed", {"video": show(server, begun)})
-    told = [data for _, kind, data in live if kind == "video.in_progress"]
-    stages = [(one["stage"], one["step"]) for one in told]
-    assert stages == [("denoise", 0), *(("denoise", n) for n in (1, 2, 3, 4)), ("decode", 4)]
-    assert [one["progress"] for one in told] == sorted(one["progress"] for one in told)
-    assert {one["num_steps"] for one in told} == {4}
-    previews = [data for _, kind, data in live if kind == "video.partial_frame"]
-    assert [(one["index"], one["step"], one["format"]) for one in previews] == [
-        (0, 1, "webp"), (1, 2, "webp"), (2, 3, "webp"),
-    ]  # fmt: skip
-    for one in previews:
-        with Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))) as picture:
-            assert (picture.format, picture.size) == ("WEBP", (32, 32))
-    whole = follow(server, begun)
-    assert [(n, kind) for n, kind, _ in whole] == list(zip(ids, kinds, strict=True))
-    for k in range(len(whole) + 1):
-        assert follow(server, begun, after=whole[k - 1][0] if k else 0) == whole[k:]
-    assert ask(server, "GET", f"/v1/videos/{begun}/events?after={ids[-2]}").body.count(b"event:") == 1
-    for wrong in ("x", "-1", "1" * 19, "\xb2"):
-        answer = ask(server, "GET", f"/v1/videos/{begun}/events", headers={"Last-Event-ID": wrong})
-        assert (answer.status, answer.json["error"]["param"]) == (400, "Last-Event-ID")
 
 
 def test_streams_are_limited_and_give_their_place_back_however_they_end(serve):
