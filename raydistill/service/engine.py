@@ -35,10 +35,9 @@ class Engine:
             raise StaleArtifact(
                 f"{folder} has no linear map for previews: worker.previews=codec, or export again"
             )
-        teacher = folder / "teacher"
         self.student = load_student(
             folder / "student",
-            teacher if teacher.is_dir() else None,
+            folder / "teacher" if self.card.has_teacher else None,
             merged=config.merge,
             device=config.device,
         )

@@ -52,7 +52,7 @@ class Served:
     def deploy(self) -> None:
         """Deploy the config as it is now, and wait until it is so."""
         file = self.folder / "serve.yaml"
-        file.write_text(yaml.safe_dump(self.config), encoding="utf-8")
+        file.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
         self._serve("deploy", str(file))
         for _ in range(360):
             status = yaml.safe_load(self._serve("status"))

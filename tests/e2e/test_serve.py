@@ -106,11 +106,14 @@ def test_a_canary_takes_its_share_and_is_rolled_back_without_loading_again(serve
     server.deploy()
     before = {one["pid"] for one in server.wait_for_workers(lambda workers: workers)}
 
-    def switch(**weights):
+    def told(bundles, weights):
         for name in ("Ingress", "Sampler", "Janitor"):
             deployment(server.config, name)["user_config"] = {"bundles": bundles}
         deployment(server.config, "Ingress")["user_config"]["models"] = {"tiny": weights}
         server.deploy()
+
+    def switch(**weights):
+        told(bundles, weights)
         deadline = time.monotonic() + 30
         while list(server.ask("/v1/models")[2]["data"][0]["x_raydistill"]["bundles"].values()) != list(
             weights.values()
@@ -128,6 +131,12 @@ def test_a_canary_takes_its_share_and_is_rolled_back_without_loading_again(serve
     assert min(made.values()) >= 4
     switch(first=1.0, second=0.0)
     assert versions(12) == {"first": 12}
+    damaged = save_untrained_bundle(folder, name="damaged", seed=4)
+    with open(damaged / "codec" / "config.json", "a", encoding="utf-8") as config:
+        config.write(" ")
+    told({**bundles, "damaged": str(damaged)}, {"damaged": 1.0})  # not as it was exported: not taken
+    assert versions(6) == {"first": 6}
+    switch(first=1.0, second=0.0)
     assert before & {one["pid"] for one in server.workers()}, "the weights were loaded anew"
     scaling["min_replicas"] = 0
     server.deploy()

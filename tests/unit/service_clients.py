@@ -144,9 +144,17 @@ def follow(server, video_id: str, after: int = 0):
         return list(told)
 
 
-def official(url: str, key: str = "unused", *, retries: int = 0, sent: list[Any] | None = None):
-    """Return the official client; every request that leaves it is appended to `sent`."""
-    hooks = {"request": [sent.append]} if sent is not None else {}
+def official(
+    url: str,
+    key: str = "unused",
+    *,
+    retries: int = 0,
+    sent: list[Any] | None = None,
+    answered: list[Any] | None = None,
+):
+    """Return the official client; requests that leave it are appended to `sent`, answers to `answered`."""
+    lists = {"request": sent, "response": answered}
+    hooks = {when: [one.append] for when, one in lists.items() if one is not None}
     plain = openai.DefaultHttpxClient(event_hooks=hooks, trust_env=False)
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=retries, http_client=plain)
 

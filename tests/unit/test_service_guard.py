@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from bundle_cases import save_untrained_bundle
-from service_cases import Server, settings
+from service_cases import serving, settings
 from service_clients import Answer, ask, create
 
 from raydistill.errors import InvalidValue
@@ -27,19 +27,12 @@ def bundle(tmp_path_factory):
 
 
 @pytest.fixture
-def serve(bundle, tmp_path):
+def serve(bundle, tmp_path_factory):
     """Start a server without workers, each over a store of its own."""
-    running = []
-
-    def start(**changes):
-        folder = tmp_path / f"{len(running)}"
-        folder.mkdir()
-        running.append(Server(settings(folder, bundle, **changes)))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.close()
+    with ExitStack() as running:
+        yield lambda **changes: running.enter_context(
+            serving(settings(tmp_path_factory.mktemp("serve"), bundle, **changes), workers=0)
+        )
 
 
 def head(length: int | str, method: str = "POST", path: str = MINE) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from contextlib import ExitStack
 
 import openai
 import pytest
@@ -35,15 +36,10 @@ def server(bundle, tmp_path_factory):
 @pytest.fixture
 def serve(bundle, tmp_path):
     """A server of the test's own; `workers` as in `serving`."""
-    entered = []
-
-    def start(workers=1, **changes):
-        entered.append(serving(settings(tmp_path, bundle, **changes), workers=workers))
-        return entered[-1].__enter__()
-
-    yield start
-    for context in reversed(entered):
-        context.__exit__(None, None, None)
+    with ExitStack() as running:
+        yield lambda workers=1, **changes: running.enter_context(
+            serving(settings(tmp_path, bundle, **changes), workers=workers)
+        )
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/cancel"), ("DELETE", "")])

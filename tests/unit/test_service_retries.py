@@ -4,12 +4,13 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import openai
 import pytest
 from bundle_cases import save_untrained_bundle
-from service_cases import Server, serving, settings
-from service_clients import ask, create, made, official, settled, show
+from service_cases import serving, settings
+from service_clients import ask, create, made, official, settled, show, until
 from sqlalchemy import func, select
 
 from raydistill.service.keys import ApiKeys
@@ -26,16 +27,11 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def serve(bundle, tmp_path):
-    """Start a server without workers."""
-    running = []
-
-    def start(**changes):
-        running.append(Server(settings(tmp_path, bundle, **changes)))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.close()
+    """Start a server without workers; all of a test have one store."""
+    with ExitStack() as running:
+        yield lambda **changes: running.enter_context(
+            serving(settings(tmp_path, bundle, **changes), workers=0)
+        )
 
 
 def rows(server, table=JOBS) -> int:
@@ -89,12 +85,19 @@ def test_a_full_queue_says_when_to_come_again_and_the_client_does(serve):
     wait_s = float(full.value.response.headers["retry-after"])
     assert wait_s >= 1
     assert ask(server, "GET", "/ready").json["status"] == "queue_full"
-    soon = threading.Timer(0.2, lambda: ask(server, "POST", f"/v1/videos/{first['id']}/cancel"))
-    soon.start()
+    answered = []
+
+    def make_room():
+        until(lambda: answered)
+        ask(server, "POST", f"/v1/videos/{first['id']}/cancel")
+
+    room = threading.Thread(target=make_room)
+    room.start()
     began = time.monotonic()
-    second = official(server.url, retries=1).videos.create(prompt=PROMPT)
+    second = official(server.url, retries=1, answered=answered).videos.create(prompt=PROMPT)
     assert time.monotonic() - began >= wait_s
-    soon.join()
+    assert [one.status_code for one in answered] == [429, 200]
+    room.join()
     assert (second.status, rows(server)) == ("queued", 2)
 
 
