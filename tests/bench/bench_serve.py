@@ -117,6 +117,10 @@ def main(requests: int, bundle: Path) -> None:
                 saved = p50["http", plans[1]] / p50["http", plans[0]]
                 saved_bare = p50["bare", plans[1]] / p50["bare", plans[0]]
                 print(f"50 steps of the teacher over 4, by HTTP: {saved:.1f} (bare {saved_bare:.1f})")
+                over = [p50["http", plan] - p50["bare", plan] for plan in plans]
+                steps = [engine.card.plans[plan].num_steps for plan in plans]
+                each = 1000 * (over[1] - over[0]) / (steps[1] - steps[0])
+                print(f"added per step {each:.1f} ms, per video {1000 * over[0] - steps[0] * each:.0f} ms")
             server.close()
         rates = {}
         for count in (1, 2):
