@@ -2,6 +2,7 @@
 
 import json
 import logging
+import logging.handlers
 import os
 import sys
 import time
@@ -35,14 +36,18 @@ class JsonLines(logging.Formatter):
 
 
 def log_to(folder: str, role: str) -> None:
-    """Send the service's log to FOLDER/ROLE-PID.jsonl, or to stderr for an empty folder; once per process."""
+    """Send the service's log to FOLDER/ROLE-PID.jsonl, or to stderr for an empty folder; once per process.
+
+    A file that was moved away, as logrotate does, is begun anew.
+    """
     logger = logging.getLogger(ROOT)
     if any(isinstance(handler.formatter, JsonLines) for handler in logger.handlers):
         return
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(Path(folder) / f"{role}-{os.getpid()}.jsonl", encoding="utf-8")
+        path = Path(folder) / f"{role}-{os.getpid()}.jsonl"
+        handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8")
     handler.setFormatter(JsonLines())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
