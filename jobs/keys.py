@@ -64,7 +64,8 @@ def main() -> None:
     """Do one thing to the table of keys."""
     config, _ = from_command_line(KeysConfig, sys.argv[1:])
     store = from_environment(config.store, "store")
-    keys, place = ApiKeys(open_database(store)), make_url(store).render_as_string(hide_password=True)
+    keys = ApiKeys(open_database(store, create=config.action == "create"))
+    place = make_url(store).render_as_string(hide_password=True)
     match config.action:
         case "create":
             quota = {"per_minute": config.per_minute, "active_jobs": config.active_jobs}

@@ -26,8 +26,9 @@ from raydistill.service.guard import Guard
 from raydistill.service.http import Json, Origins, RequestIds, install_handlers
 from raydistill.service.keys import OPEN, ApiKeys, Caller, Failures
 from raydistill.service.metrics import exposition
-from raydistill.service.requests import VideoRequest, parse, read_form, read_json, refuse, resolve
+from raydistill.service.requests import parse, read_form, read_json, refuse, resolve
 from raydistill.service.resource import resource
+from raydistill.service.schema import FORMS, describe
 from raydistill.service.store import JobStore
 from raydistill.service.tables import Job, open_database
 
@@ -41,7 +42,8 @@ PAGE_HEADERS = {
 }
 ID = re.compile(r"video_[0-9a-f]{32}")
 POLL_MS = (250, 5000)
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+POLLS = 3
+"""Clients are told to look again after so small a part of what a video is thought to take still."""
 A_FILE = ("a file",)
 """Stands for one that was sent in a form: no field of text or numbers takes it."""
 
@@ -71,13 +73,8 @@ def build_api(ingress: Ingress) -> FastAPI:
     app.add_middleware(RequestIds)
     routes = Routes(ingress)
     routes.install(app)
+    describe(app)
     return app
-
-
-def body_schema() -> dict[str, Any]:
-    """The request's body in OpenAPI, in both forms."""
-    schema = {"schema": VideoRequest.model_json_schema()}
-    return {"requestBody": {"required": True, "content": {"application/json": schema, FORMS[0]: schema}}}
 
 
 class Routes:
@@ -92,10 +89,9 @@ class Routes:
 
     def install(self, app: FastAPI) -> None:
         """Give every path its function."""
-        body = body_schema()
         videos, one = "/v1/videos", "/v1/videos/{video_id}"
-        app.post(videos, openapi_extra=body)(self.create)
-        app.post(f"{videos}/sync", openapi_extra=body)(self.sync)
+        app.post(videos)(self.create)
+        app.post(f"{videos}/sync")(self.sync)
         app.get(videos)(self.list)
         app.get(one)(self.get)
         app.delete(one)(self.delete)
@@ -103,14 +99,16 @@ class Routes:
         app.head(f"{one}/content", include_in_schema=False)(self.content)
         app.get(f"{one}/events")(self.events)
         app.post(f"{one}/cancel")(self.cancel)
-        app.post(f"{one}/remix", openapi_extra=body)(self.remix)
+        app.post(f"{one}/remix")(self.remix)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{model_id}")(self.model)
         app.get("/v1/admin/workers")(self.workers)
-        app.get("/health")(self.health)
-        app.get("/ready")(self.ready)
+        for path, answer in (("/health", self.health), ("/ready", self.ready)):
+            app.get(path)(answer)
+            app.head(path, include_in_schema=False)(answer)  # probes of load balancers
         app.get("/metrics")(self.metrics)
         app.get("/", include_in_schema=False)(self.index)
+        app.head("/", include_in_schema=False)(self.index)
         app.get("/{name}", include_in_schema=False)(self.page)
 
     def caller(self, request: Request) -> Caller:
@@ -137,7 +135,7 @@ class Routes:
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind not in FORMS:
             if kind not in ("application/json", ""):
-                raise RequestRefused(415, "unsupported_media_type", f"send JSON or {FORMS[0]}")
+                raise RequestRefused(415, "unsupported_media_type", f"send JSON, {' or '.join(FORMS)}")
             return read_json(await request.body())
         try:
             form = await request.form(max_files=1, max_fields=100)
@@ -173,9 +171,8 @@ class Routes:
         ahead = None if job.ended else self.on.store.ahead(job)
         headers = {"cache-control": "no-store"}
         if ahead is not None:
-            headers["openai-poll-after-ms"] = str(
-                min(max(math.ceil(ahead[1] * 1000), POLL_MS[0]), POLL_MS[1])
-            )
+            after_ms = math.ceil(ahead[1] * 1000 / POLLS)
+            headers["openai-poll-after-ms"] = str(min(max(after_ms, POLL_MS[0]), POLL_MS[1]))
         return Json(resource(job, ahead=ahead, extended=extended), headers=headers)
 
     async def _find(self, request: Request, video_id: str, scope: str = "generate") -> tuple[Job, Caller]:
@@ -216,7 +213,13 @@ class Routes:
             raise refuse("limit is a number from 0 to 100", "limit")
         if order not in ("asc", "desc"):
             raise refuse("order is asc or desc", "order")
-        after = _id(after) if after else None
+        if unknown := sorted(set(query) - {"limit", "order", "after"}):
+            raise refuse(
+                f"unknown parameter {unknown[0][:80]!r}; known are after, limit, order",
+                unknown[0][:80],
+                "unknown_parameter",
+            )
+        after = _id(after, "after") if after else None
         jobs, more = await run_in_threadpool(
             self.on.store.page, caller.mine, int(limit), cast(Any, order), after
         )
@@ -261,7 +264,7 @@ class Routes:
         caller = await self._allowed(request, "generate")
         after = request.headers.get("last-event-id") or request.query_params.get("after", "0")
         if not re.fullmatch(r"\d{1,18}", after, re.ASCII):
-            raise refuse("Last-Event-ID is the id of an event", "Last-Event-ID")
+            raise refuse("Last-Event-ID has to be the number of an event", "Last-Event-ID")
         extended = request.headers.get("x-raydistill-extended-status") == "1"
         return await streams.events(
             self.on.store,
@@ -318,10 +321,10 @@ class Routes:
         return FileResponse(PAGE / name, headers=PAGE_HEADERS)
 
 
-def _id(video_id: str) -> str:
+def _id(video_id: str, param: str = "video_id") -> str:
     """Refuse what cannot be an id before it reaches a database. Raises RequestRefused (404)."""
     if not ID.fullmatch(video_id):
-        raise RequestRefused(404, "video_not_found", f"no video {video_id[:80]!r}", "video_id")
+        raise RequestRefused(404, "video_not_found", f"no video {video_id[:80]!r}", param)
     return video_id
 
 

@@ -138,13 +138,15 @@ class BundleCard:
             if plan not in self.plans:
                 raise InvalidValue("plan", plan, f"one of {', '.join(self.plans)}")
             if steps not in (None, self.plans[plan].num_steps) and str(steps) != plan:
-                has = f"plan '{plan}' has {self.plans[plan].num_steps} steps: give one of the two"
+                has = f"plan '{plan}' has {self.plans[plan].num_steps} steps; give one of the two fields"
                 raise InvalidValue("num_inference_steps", steps, has)
             return plan
         if steps is None:
             return self.default_plan
         if str(steps) not in self.plans:
             known = f"one of {', '.join(map(str, self.steps))}" if self.steps else "not given: name a plan"
+            if named := [name for name, one in self.plans.items() if one.num_steps == steps]:
+                known += f", or plan={' or '.join(named)}"
             raise InvalidValue("num_inference_steps", steps, known)
         return str(steps)
 
@@ -165,6 +167,7 @@ class BundleCard:
 
     def require_same(
         self,
+        plan: str,
         *,
         flow_shift: float | None = None,
         boundary_ratio: float | None = None,
@@ -172,12 +175,18 @@ class BundleCard:
     ) -> None:
         """Raise InvalidValue for values that were fixed by distillation, if given and not those.
 
-        Guidance may be 1, which is off, or what was distilled into the student.
+        Guidance is what was distilled into the student, or 1, as no second pass is made for it; a plan with
+        steps of the teacher is guided, and takes the former alone.
         """
+        guided = "teacher" in self.plans[plan].experts
         fixed: tuple[tuple[str, float | None, tuple[float, ...]], ...] = (
             ("flow_shift", flow_shift, (self.shift,)),
             ("boundary_ratio", boundary_ratio, () if self.boundary is None else (self.boundary,)),
-            ("guidance_scale", guidance_scale, (1.0, self.guidance_scale)),
+            (
+                "guidance_scale",
+                guidance_scale,
+                (self.guidance_scale,) if guided else (self.guidance_scale, 1.0),
+            ),
         )
         for key, given, allowed in fixed:
             if given is None or any(math.isclose(given, one, rel_tol=1e-6) for one in allowed):

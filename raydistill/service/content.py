@@ -79,9 +79,11 @@ def _matches(given: str | None, etag: str) -> bool:
 
 
 def _range(wanted: str | None, size: int) -> tuple[int, int] | None:
-    """Start and end (exclusive); None for the whole, also for several or unknown ones, as RFC 9110 allows."""
+    """Start and end (exclusive); None for the whole, also for several, unknown or invalid ones (RFC 9110)."""
     match = RANGE.fullmatch(wanted) if wanted else None
     if match is None or (match[1], match[2]) == ("", ""):
+        return None
+    if match[1] and match[2] and int(match[1]) > int(match[2]):
         return None
     if match[1] == "":
         start, end = max(0, size - int(match[2])), size

@@ -64,7 +64,7 @@ class ApiKeys:
         row = {"hash": _hash(key), "name": name, "scopes": sorted(scopes), "per_minute": per_minute}
         with self.database.write() as connection:
             if connection.execute(select(API_KEYS).where(API_KEYS.c.name == name)).first():
-                raise InvalidValue("name", name, "a name that no key had before: records keep it")
+                raise InvalidValue("name", name, "a name that was never used: videos are kept under it")
             now = self.database.now()
             connection.execute(sa.insert(API_KEYS).values(**row, active_jobs=active_jobs, created_at=now))
         return key
@@ -75,7 +75,9 @@ class ApiKeys:
         with self.database.write() as connection:
             gone = sa.update(API_KEYS).where(valid).values(revoked_at=self.database.now())
             if not connection.execute(gone).rowcount:
-                raise InvalidValue("name", name, "the name of a valid key")
+                raise InvalidValue(
+                    "name", name, "a key that is valid: there is none of this name, see action=list"
+                )
 
     def list(self) -> list[dict[str, Any]]:
         """Return all keys, without the keys."""

@@ -42,7 +42,7 @@ class VideoRequest(BaseModel):
     guidance_scale: float | None = Field(None, description="fixed by distillation: 1, or the model's")
     flow_shift: float | None = Field(None, description="fixed by distillation")
     boundary_ratio: float | None = Field(None, description="fixed by distillation")
-    negative_prompt: str | None = Field(None, description="refused: guidance is distilled")
+    negative_prompt: str | None = Field(None, description="refused: guidance is fixed by distillation")
     input_reference: Any = Field(None, description="refused: models here make videos of text")
     user: str | None = Field(None, max_length=256, description="ignored")
 
@@ -51,7 +51,7 @@ class VideoRequest(BaseModel):
     def no_truth_values(cls, value: Any) -> Any:
         """True is no number here, whatever Python says."""
         if isinstance(value, bool):
-            raise ValueError("a boolean is none")
+            raise ValueError("true and false are no values here")
         return value
 
 
@@ -124,7 +124,7 @@ def parse(
     _require_text(request, limits)
     if request.negative_prompt:
         raise refuse(
-            "these models have guidance distilled in: a negative prompt has no effect", "negative_prompt"
+            "not supported: the guidance of these models is fixed by distillation", "negative_prompt"
         )
     if request.input_reference is not None:
         raise refuse("these models make videos of text alone", "input_reference")
@@ -164,7 +164,8 @@ def _explained(error: ValidationError) -> RequestRefused:
         return refuse(f"unknown parameter {name!r}{hint}", name, "unknown_parameter")
     if first["type"] == "missing":
         return refuse(f"'{name}' must be given", name, "missing_parameter")
-    return refuse(f"{name}: {first['msg']}", name)
+    wrong = first["msg"].removeprefix("Value error, ")
+    return refuse(f"{name}: {'WIDTHxHEIGHT, such as 832x480' if name == 'size' else wrong}", name)
 
 
 def _require_text(request: VideoRequest, limits: LimitsConfig) -> None:
@@ -178,7 +179,7 @@ def _require_text(request: VideoRequest, limits: LimitsConfig) -> None:
     for name in ("prompt", "model", "plan"):
         text = getattr(request, name) or ""
         if "\0" in text or any(0xD800 <= ord(one) < 0xE000 for one in text):
-            raise refuse(f"'{name}' holds what is no text", name)
+            raise refuse(f"'{name}' holds a character that is no text: NUL, or half of a pair", name)
 
 
 def new_id() -> str:
@@ -205,6 +206,7 @@ def resolve(
         plan = card.plan_for(request.num_inference_steps, request.plan)
         shape = _shape(request, card)
         card.require_same(
+            plan,
             flow_shift=request.flow_shift,
             boundary_ratio=request.boundary_ratio,
             guidance_scale=request.guidance_scale,
@@ -212,7 +214,7 @@ def resolve(
     except InvalidValue as wrong:
         code = "unsupported_size" if wrong.key in ("size", "num_frames", "seconds") else "invalid_value"
         raise refuse(
-            f"{wrong.key}: {str(wrong.value)[:80]} is not offered: {wrong.expected}", wrong.key, code
+            f"{wrong.key}={str(wrong.value)[:80]} cannot be: {wrong.expected}", wrong.key, code
         ) from wrong
     passes = card.plans[plan].passes
     cost = passes * shape.frames * shape.height * shape.width / 1e6

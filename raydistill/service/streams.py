@@ -49,11 +49,12 @@ class Slots:
 async def events(
     store: JobStore, job: str, mine: Mine, after: int, slots: Slots, show: Callable[[Job], dict[str, Any]]
 ) -> Response:
-    """Stream a job's events after number `after`, from the store, until the job has ended.
+    """Stream a job's events after number `after`, from the store, until the job has ended; 204 if it had.
 
     Raises RequestRefused: 404, and 429 when all slots are taken.
     """
-    await run_in_threadpool(store.get, job, mine)
+    if await run_in_threadpool(_is_over, store, job, mine, after):
+        return Response(status_code=204)  # else a browser would connect again for ever
     slots.take()
 
     async def told() -> AsyncIterator[ServerSentEvent]:

@@ -239,15 +239,21 @@ class Database:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x5244)))
 
 
-def open_database(url: str) -> Database:
-    """Open the store and create what is missing. Raises InvalidValue for a URL that cannot be used."""
+def open_database(url: str, *, create: bool = True) -> Database:
+    """Open the store and create what is missing.
+
+    create: an SQLite file that is not there is made; else that is an error, too.
+    Raises InvalidValue for a URL that cannot be used.
+    """
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
-        raise InvalidValue("store", url.partition(":")[0] + ":...", "an SQLAlchemy URL") from error
+    except ArgumentError as error:  # what may hold a password is not repeated
+        raise InvalidValue("store", url.partition(":")[0], "an SQLAlchemy URL, sqlite:///FILE") from error
     hidden = parsed.render_as_string(hide_password=True)
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise InvalidValue("store", hidden, "sqlite:///FILE or postgresql+psycopg://HOST/DATABASE")
+    if not create and parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
+        raise InvalidValue("store", hidden, "a store that is there: no such file")
     try:
         database = Database(_sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgres(parsed))
         with database.write() as connection:

@@ -182,11 +182,11 @@ def parts_of_the_file(server):
         first, last, _ = part.indices(size)
         assert (answer.status, answer.body) == (206, whole.body[part])
         assert answer.headers["content-range"] == f"bytes {first}-{last - 1}/{size}"
-    for value in (f"bytes={size}-", "bytes=-0", "bytes=9-3"):
+    for value in (f"bytes={size}-", "bytes=-0"):
         answer = ask(server, "GET", path, headers={"range": value})
         assert (answer.status, answer.code) == (416, "invalid_range")
         assert answer.headers["content-range"] == f"bytes */{size}"
-    for value in ("bytes=0-1,3-4", "lines=0-1", "bytes=a-b"):  # what a server may leave alone
+    for value in ("bytes=0-1,3-4", "lines=0-1", "bytes=a-b", "bytes=9-3"):  # what a server may leave alone
         assert ask(server, "GET", path, headers={"range": value}).body == whole.body
     same = ask(server, "GET", path, headers={"range": "bytes=0-9", "if-range": etag})
     other = ask(server, "GET", path, headers={"range": "bytes=0-9", "if-range": '"another"'})
@@ -237,8 +237,10 @@ def events_tell_the_whole_story_and_any_rest_of_it(server):
     ]  # fmt: skip
     whole = follow(server, begun)
     assert [(n, kind) for n, kind, _ in whole] == list(zip(ids, kinds, strict=True))
-    for k in range(len(whole) + 1):
+    for k in range(len(whole)):
         assert follow(server, begun, after=whole[k - 1][0] if k else 0) == whole[k:]
+    over = ask(server, "GET", f"/v1/videos/{begun}/events", headers={"Last-Event-ID": str(ids[-1])})
+    assert (over.status, over.body) == (204, b"")  # a browser's EventSource ends with it
     watched = create(server, **LONG)["id"]
     with stream(server, watched) as running:  # as it happens, not when it is over
         first = next(data for _, kind, data in running if kind == "video.in_progress" and data["step"])

@@ -48,7 +48,8 @@ class Server:
         self.ingress = Ingress.open(config, config.store, catalog)
         self.store = self.ingress.store
         api = build_api(self.ingress)
-        self._server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error", lifespan="off"))
+        quiet = {"log_level": "error", "lifespan": "off", "timeout_keep_alive": 75}  # as in serve/tiny.yaml
+        self._server = uvicorn.Server(uvicorn.Config(api, port=0, **quiet))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:

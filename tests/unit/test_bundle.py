@@ -193,20 +193,23 @@ def test_sizes_are_those_listed(made, tmp_path):
 
 def test_what_distillation_fixed_cannot_be_asked_otherwise(made):
     card = replace(read_bundle(made), shift=5.0)
-    card.require_same()
-    card.require_same(flow_shift=5, boundary_ratio=0.6, guidance_scale=2.0)
-    card.require_same(guidance_scale=1)
+    card.require_same("4")
+    card.require_same("4", flow_shift=5, boundary_ratio=0.6, guidance_scale=2.0)
+    card.require_same("4", guidance_scale=1)
+    card.require_same("2+tail", guidance_scale=2.0)
     for key, value, says in (
         ("flow_shift", 3.0, "5;"),
         ("boundary_ratio", 0.875, r"0\.6;"),
-        ("guidance_scale", 5.0, "1 or 2;"),
-        ("guidance_scale", float("nan"), "1 or 2;"),
+        ("guidance_scale", 5.0, "2 or 1;"),
+        ("guidance_scale", float("nan"), "2 or 1;"),
     ):
         with pytest.raises(InvalidValue, match=says) as refused:
-            card.require_same(**{key: value})
+            card.require_same("4", **{key: value})
         assert refused.value.key == key
     with pytest.raises(InvalidValue, match="one expert alone"):
-        replace(card, boundary=None).require_same(boundary_ratio=0.6)
+        replace(card, boundary=None).require_same("4", boundary_ratio=0.6)
+    with pytest.raises(InvalidValue, match="2; "):  # its tail is the teacher's, with two passes a step
+        card.require_same("2+tail", guidance_scale=1)
 
 
 class LinearCodec:

@@ -13,6 +13,8 @@ from PIL import Image
 from service_cases import serving, settings
 from service_clients import ask, made, official
 
+from raydistill.service.schema import FORMS, PATHS
+
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 PROMPT = "a red square moves left"
 
@@ -161,8 +163,19 @@ def test_health_and_the_schema_need_nothing(server):
     )
     schema = ask(server, "GET", "/openapi.json").json
     body = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
-    assert body.keys() == {"application/json", "multipart/form-data"}
-    assert body["application/json"]["schema"]["required"] == ["prompt"]
+    assert body.keys() == {"application/json", *FORMS}
+    assert all(kind["schema"]["required"] == ["prompt"] for kind in body.values())
+    described = {(method, path) for path, methods in schema["paths"].items() for method in methods}
+    assert described == PATHS.keys()  # each with what it answers, and nothing that FastAPI thinks it does
+    assert all("422" not in schema["paths"][path][method]["responses"] for method, path in described)
+    listing = schema["paths"]["/v1/videos"]["get"]["parameters"]
+    for one in (one for one in listing if one["in"] == "query"):
+        assert ask(server, "GET", f"/v1/videos?{one['name']}=%00").status in (400, 404)
+    unknown = ask(server, "GET", "/v1/videos?model=tiny")
+    assert (unknown.status, unknown.code) == (400, "unknown_parameter")
+    for path in ("/", "/health", "/ready"):
+        head = ask(server, "HEAD", path)
+        assert (head.status, head.body) == (200, b"")
 
 
 def test_an_error_of_ours_names_the_request_for_the_log(server, caplog):

@@ -77,9 +77,9 @@ def test_a_wrong_key_is_not_found_nor_one_that_was_revoked(keys):
     keys.revoke("alice")
     assert keys.find(alice) is None
     assert keys.find(other).tenant == "other"
-    with pytest.raises(InvalidValue, match="the name of a valid key"):
+    with pytest.raises(InvalidValue, match="there is none of this name"):
         keys.revoke("alice")
-    with pytest.raises(InvalidValue, match="a name that no key had before"):
+    with pytest.raises(InvalidValue, match="a name that was never used"):
         keys.create("alice", ["generate"])  # her videos are still there
     assert [(one["name"], one["revoked_at"] is None) for one in keys.list()] == [
         ("alice", False),
@@ -138,7 +138,7 @@ def test_the_job_tells_a_key_once_and_alone(run_job, keys, store):
     assert keys.find(key) is None
 
 
-def test_the_job_lists_keys_with_what_they_may_do(run_job):
+def test_the_job_lists_keys_with_what_they_may_do(run_job, keys):
     assert run_job("action=list")[:2] == (0, "")
     run_job("action=create", "name=alice", "per_minute=61", "active_jobs=4")
     run_job("action=create", "name=prometheus", "scopes=[admin, generate]")
@@ -266,3 +266,12 @@ def test_addresses_that_fell_silent_are_forgotten(monkeypatch):
     clock.now += 61.0
     failures.add("d")
     assert set(failures._seen) == {"d"}
+
+
+@pytest.mark.parametrize("action", ["list", "revoke"])
+def test_looking_into_a_store_that_is_not_there_makes_none(run_job, tmp_path, action):
+    path = tmp_path / "mistyped" / "jobs.sqlite"
+    status, out, err = run_job(f"action={action}", "name=a", store=f"sqlite:///{path}")
+    assert (status, out) == (2, "")
+    assert "no such file" in err
+    assert not path.parent.exists()
