@@ -221,6 +221,7 @@ def test_without_a_key_nothing_but_health_and_the_page_is_shown(serve):
         filled = path.replace("{video_id}", f"video_{'0' * 32}").replace("{model_id}", "tiny")
         for method in methods:
             answers[method, path] = ask(server, method.upper(), filled).status
+            assert str(answers[method, path]) in methods[method]["responses"]
     assert {call for call, status in answers.items() if status != 401} == {
         ("get", "/health"),
         ("get", "/ready"),

@@ -7,12 +7,14 @@ from contextlib import ExitStack
 
 import openai
 import pytest
+import sqlalchemy as sa
 from bundle_cases import save_untrained_bundle
 from service_cases import serving, settings, start_worker
 from service_clients import ask, create, follow, made, official, settled, show, stream, total, until
 
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.service.files import Files
+from raydistill.service.tables import SPEEDS
 from raydistill.service.upkeep import Janitor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -151,6 +153,21 @@ def test_who_hangs_up_on_a_synchronous_request_cancels_it(serve):
     assert len(ask(server, "GET", "/v1/videos").json["data"]) == 1
     with stream(server, video["id"]) as told:  # its place is free again
         assert next(told)[1] == "video.queued"
+
+
+def test_clients_are_told_to_look_again_well_before_a_video_may_be_ready(serve):
+    server, told = serve(workers=0), []
+    for _ in range(6):
+        answer = ask(server, "GET", f"/v1/videos/{create(server, plan='4')['id']}")
+        told.append((answer.json["x_raydistill"]["eta_s"], int(answer.headers["openai-poll-after-ms"])))
+        if len(told) == 1:  # nothing was measured before
+            cost = 4 * 16 * 32 * 32 / 1e6  # passes times megapixels
+            measured = {"bundle": server.ingress.catalog.labels[0], "seconds_per_cost": 3.0 / cost}
+            with server.store.database.write() as connection:
+                connection.execute(sa.insert(SPEEDS).values(measured))
+    seconds = [6.0, 9.0, 12.0, 15.0, 18.0]  # three for each, and for each that waits before it
+    assert [eta for eta, _ in told] == [None, *map(pytest.approx, seconds)]
+    assert [wait for _, wait in told] == pytest.approx([250, 2000, 3000, 4000, 5000, 5000], abs=1)
 
 
 def test_streams_are_limited_and_give_their_place_back_however_they_end(serve):
