@@ -27,12 +27,15 @@ from raydistill.evaluation.analysis_plots import draw_analysis
 from raydistill.experts import checkpoint
 from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
-from raydistill.experts.stages import build_segment
+from raydistill.experts.stages import build_segment, require_own_networks
 from raydistill.experts.tracking import require_installed
 from raydistill.experts.worker import SETTINGS, Run, load_result, settings_of, train
+from raydistill.models.codec_config import read_codec
+from raydistill.models.folders import boundary_ratio, codec_digest, part_folder, teacher_digest
 from raydistill.models.frame_critic import pool_text
 from raydistill.models.frame_features import load_frame_features
 from raydistill.models.teacher import load_teacher, read_schedule, require_fit
+from raydistill.models.text import null_of
 from raydistill.sampler import SamplingPlan, build_plan, plan_lcm, plan_times, with_tail
 from raydistill.student import Card, save_student
 from raydistill.trajectories.flow import feed, iter_batches
@@ -102,6 +105,7 @@ def run_stage(config: DistillConfig, name: str, stores: Stores, semantic: Path |
         example=(torch.from_numpy(row.latents.copy())[None], torch.from_numpy(row.text.copy())[None]),
         semantic=semantic,
         caption_means=mean_captions(config, stores),
+        null_text=null_of(stores.video),
     )
 
     def feed_from(start_step: int):
@@ -145,11 +149,14 @@ def plans_of(config: DistillConfig) -> dict[str, SamplingPlan]:
 
 def export(config: DistillConfig, stores: Stores, digests: dict, first: Path, second: Path | None) -> Path:
     """Write the student folder from the stages' last checkpoints."""
-    teacher = load_teacher(config.teacher)
+    teacher = load_teacher(config.teacher, guidance_scale=config.guidance_scale)
     expert = load_result(config, first, teacher)
+    if second and boundary_ratio(config.teacher) is not None:
+        teacher = load_teacher(config.teacher, "detail")
     detail = load_result(config, second, teacher, expert) if second else None
     row, segment = stores.video.row(0), build_segment(config, config.stages[0])
     lora = {"dual": config.detail, "motion": config.motion}.get(config.experts)
+    first_lora = config.semantic
     card = Card(
         kind=config.experts,
         boundary=segment.lower if config.is_dual else None,
@@ -160,10 +167,11 @@ def export(config: DistillConfig, stores: Stores, digests: dict, first: Path, se
         latent_shape=row.latents.shape,
         text_shape=row.text.shape,
         lora=(lora.lora_rank, lora.lora_alpha) if lora else None,
+        semantic_lora=(first_lora.lora_rank, first_lora.lora_alpha) if first_lora.lora_rank else None,
         sources={**digests, "seed": config.seed},
     )
     folder = Path(config.output) / "student"
-    save_student(folder, card, expert, detail, plans_of(config))
+    save_student(folder, card, expert, detail, plans_of(config), null_of(stores.video))
     return folder
 
 
@@ -173,19 +181,23 @@ def check(config: DistillConfig, stores: Stores, *, analyse: bool = False) -> di
     The analysis needs neither boundary nor plans: it proposes the first.
     """
     require_installed(config.tracking)
-    if not (Path(config.codec) / "config.json").is_file():
-        raise MissingArtifact(f"no codec at {config.codec}: codec= names the folder that made {config.data}")
-    codec = tree_digest(config.codec)
+    try:
+        read_codec(part_folder(config.codec, "vae"))
+    except MissingArtifact as missing:
+        missing.add_note(f"codec= names the folder that made {config.data}")
+        raise
+    codec = codec_digest(config.codec)
     with named("data", f"made with another encode.codec than codec={config.codec}"):
         stores.video.require_codec(codec)
     row = stores.video.row(0)
     require_fit(config.teacher, row.latents.shape, row.text.shape)
-    if read_schedule(config.teacher) and config.experts == "dual":
-        raise InvalidValue(
-            "experts", "dual", "motion, single or dual_full: the detail branch is a transformer's"
-        )
-    digests = {"teacher": tree_digest(config.teacher), "codec": codec, **stores.digests}
+    read_schedule(config.teacher)
+    require_own_networks(config)
+    null_of(stores.video)
+    digests = {"teacher": teacher_digest(config.teacher), "codec": codec, **stores.digests}
     if analyse:
+        if (ratio := boundary_ratio(config.teacher)) is not None:
+            raise InvalidValue("teacher", config.teacher, f"one network: its two meet at {ratio} already")
         return digests
     for name in config.stages:
         build_segment(config, name)
@@ -250,7 +262,7 @@ def analyse_teacher(config: DistillConfig, store: LatentStore) -> None:
         row = store.row(i)
         return torch.from_numpy(row.latents.copy()), torch.from_numpy(row.text.copy())
 
-    result = analyse(config, read, len(store), report=print)
+    result = analyse(config, read, len(store), report=print, null_text=null_of(store))
     picture = Path(config.output) / "analysis.png"
     draw_analysis(result, picture)
     print(f"{picture}: proposed boundary={result['boundary']:.4g}, in use {config.boundary:.4g}")

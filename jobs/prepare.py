@@ -26,10 +26,11 @@ from raydistill.artifacts import LATENTS_SCHEMA_VERSION, MANIFEST, Manifest, fin
 from raydistill.errors import PrepareError, disk_full_explained
 from raydistill.flow import connect
 from raydistill.latents.encode import NORMALISATION, models_identity, require_codec
-from raydistill.latents.flow import EncodeOptions, encode_shards
+from raydistill.latents.flow import EncodeOptions, encode_shards, ensure_null
 from raydistill.latents.progress import meter
 from raydistill.latents.shards import adopt_shard, finished_shard, write_left_out, write_quarantine
 from raydistill.latents.tally import Tally
+from raydistill.models.prompts import prompts_identity
 from raydistill.models.text import WordVectors
 from raydistill.shards import point_to, write_artifact
 from raydistill.trajectories.record.flow import record_trajectories
@@ -51,7 +52,12 @@ from raydistill.world.media import Limits
 def identity_of(config: PrepareConfig) -> dict[str, Any]:
     """All that shapes rows, but for the files; what only shapes the run (actors, deadlines) is not in it."""
     clip, limits = config.clip, config.limits
-    text = WordVectors(config.encode.text_tokens, config.encode.text_width)
+    text = config.encode.text
+    identity = (
+        prompts_identity(text, config.encode.text_length, config.encode.text_precision)
+        if text
+        else WordVectors(config.encode.text_tokens, config.encode.text_width).identity
+    )
     return {
         "stage": "prepare",
         "schema_version": LATENTS_SCHEMA_VERSION,
@@ -63,7 +69,7 @@ def identity_of(config: PrepareConfig) -> dict[str, Any]:
         },
         "dtype": config.encode.dtype,
         "normalisation": NORMALISATION,
-        "models": models_identity(config.encode.codec, text),
+        "models": models_identity(config.encode.codec, identity),
         "decoders": decoder_versions(),
     }
 
@@ -183,11 +189,38 @@ def encode(
             new = {"clips": tally.clips - tally.clips_before, "video_s": tally.video_s - seconds_before}
             progress.show(tally.seen, bad=tally.bad, **new)
     tally.require_complete()
+    ensure_null(encode_options(config, identity, folder), config.encode.gpus_per_actor)
     kept_out = [(i.uri, "filtered" if i.reason in FILTERED else "quarantined", i.reason) for i in settled]
     kept_out += [(f[0], *f[2:]) for s in shards for f in done[s.name].facts["files"] if f[2] != "clip"]
     write_left_out(folder, kept_out)
     write_artifact(folder, [done[s.name] for s in shards], whole, facts=tally.counts())
     return tally
+
+
+def encode_options(config: PrepareConfig, identity: Mapping[str, Any], folder: Path) -> EncodeOptions:
+    """What encode actors are told."""
+    encoding = config.encode
+    return EncodeOptions(
+        folder=str(folder.absolute()),
+        identity=identity,
+        codec=reachable(encoding.codec),
+        text={
+            "pipeline": reachable(encoding.text) if encoding.text else "",
+            "length": encoding.text_length,
+            "precision": encoding.text_precision,
+            "num_tokens": encoding.text_tokens,
+            "width": encoding.text_width,
+        },
+        dtype=encoding.dtype,
+        batch_size=encoding.batch_size,
+        rows_per_group=config.shard.rows_per_group,
+        tried_with=decoder_limits(config),
+    )
+
+
+def reachable(name: str) -> str:
+    """A folder by its absolute path, as workers have other working folders; a name on the hub as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def decode_and_encode(
@@ -217,20 +250,9 @@ def decode_and_encode(
         num_actors=decode.num_actors,
         cpus_per_actor=decode.cpus_per_actor,
     )
-    options = EncodeOptions(
-        folder=str(folder.absolute()),
-        identity=identity,
-        codec=str(Path(encoding.codec).absolute()),
-        text_tokens=encoding.text_tokens,
-        text_width=encoding.text_width,
-        dtype=encoding.dtype,
-        batch_size=encoding.batch_size,
-        rows_per_group=config.shard.rows_per_group,
-        tried_with=decoder_limits(config),
-    )
     return encode_shards(
         decoded,
-        options,
+        encode_options(config, identity, folder),
         num_actors=min(encoding.num_actors, len(shards)),
         cpus_per_actor=encoding.cpus_per_actor,
         gpus_per_actor=encoding.gpus_per_actor,

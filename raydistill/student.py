@@ -1,30 +1,33 @@
 """The distilled student on disk: weights, how to sample with them, and what they were made from.
 
 A folder: `semantic/` (diffusers' own layout), `detail.safetensors` (what the detail expert adds) or `detail/`
-(a whole second network); of a motion student only its LoRA, `pytorch_lora_weights.safetensors`, which
-diffusers' pipelines load over the teacher. And `student.json`, written last, with the sha256 of every other
-file and of itself.
+(a whole second network); of a motion student, and of a semantic expert that is a LoRA, instead of `semantic/`
+only `pytorch_lora_weights.safetensors`, which diffusers' pipelines load over the teacher;
+`null_text.safetensors`, the empty caption by the teacher's own text encoder. And `student.json`, written
+last, with the sha256 of every other file and of itself.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from raydistill.artifacts import fingerprint, tree_digest, tree_files, write_json
+from raydistill.artifacts import fingerprint, tree_files, write_json
 from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, TimeGrid
-from raydistill.consistency.solver import guided
 from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact, UnknownKey
-from raydistill.models.expert import add_detail, load_own_state, merge_lora, own_state
+from raydistill.models.expert import add_detail, load_own_state, own_state
+from raydistill.models.folders import codec_digest, teacher_digest
+from raydistill.models.guidance import guide_teacher
 from raydistill.models.lora import load_lora, merge, save_lora
+from raydistill.models.pair import PairField
 from raydistill.models.protocols import VelocityField
-from raydistill.models.teacher import Teacher, load_teacher, schedule_from_dict
-from raydistill.models.text import null_text
-from raydistill.models.wan import WanField
+from raydistill.models.teacher import Teacher, load_teacher, load_whole_teacher, schedule_from_dict
+from raydistill.models.text import NULL, load_null, null_text, save_null
 from raydistill.sampler import SamplingPlan
 
 VERSION = 1
@@ -51,8 +54,15 @@ class Card:
     text_shape: tuple[int, int]
     lora: tuple[int, float] | None = None
     """Rank and alpha of the detail expert's low-rank branch, or of a motion student's."""
+    semantic_lora: tuple[int, float] | None = None
+    """Rank and alpha of a semantic expert that is a LoRA on its teacher."""
     sources: Mapping[str, Any] = field(default_factory=dict)
     """Digests of teacher, codec and latents, and the seed."""
+
+    @property
+    def first_lora(self) -> tuple[int, float] | None:
+        """Rank and alpha of a first expert that is a LoRA. Raises StaleArtifact if they are lost."""
+        return _lora(self) if self.kind == "motion" else self.semantic_lora
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Student:
     def require_codec(self, folder: str | Path) -> None:
         """Raise StaleArtifact unless the student's latents are of the codec in this folder."""
         made = self.card.sources.get("codec")
-        if made != tree_digest(folder):
+        if made != codec_digest(folder):
             raise StaleArtifact(
                 f"this student makes latents of another codec than {folder}: frames would be wrong"
             )
@@ -100,22 +110,25 @@ def save_student(
     first: Teacher,
     detail: Teacher | None,
     plans: Mapping[str, SamplingPlan] | Mapping[int, SamplingPlan],
+    null_text: Tensor | None = None,
 ) -> None:
     """Write a student and its plans, by name or number of steps; `first` is its only or semantic expert.
 
-    The card comes last, so that a folder without one is never taken for whole.
+    `null_text`: the empty caption's embedding; that of word vectors is zero, and needs no file. The card
+    comes last, so that a folder without one is never taken for whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
-    if card.kind == "motion":
-        rank, alpha = _lora(card)
-        save_lora(first, folder, rank, alpha)
+    if (lora := card.first_lora) is not None:
+        save_lora(first, folder, *lora)
     else:
         first.network.save_pretrained(folder / "semantic", safe_serialization=True)
     if detail is not None and card.kind == "dual_full":
         detail.network.save_pretrained(folder / "detail", safe_serialization=True)
-    elif isinstance(detail, WanField):
+    elif detail is not None:
         save_file({k: v.contiguous() for k, v in own_state(detail).items()}, folder / "detail.safetensors")
+    if null_text is not None and bool(null_text.any()):
+        save_null(folder, null_text)
     values = {
         "version": VERSION,
         **asdict(card),
@@ -142,9 +155,8 @@ def read_card(folder: Path) -> tuple[Card, dict[str, SamplingPlan]]:
         plans = {name: SamplingPlan.from_dict(plan) for name, plan in values.pop("plans").items()}
         for name in ("latent_shape", "text_shape"):
             values[name] = tuple(values[name])
-        values["lora"] = tuple(values["lora"]) if values["lora"] else None
-        drawn = values.get("guidance_range")
-        values["guidance_range"] = tuple(drawn) if drawn else None
+        for name in ("lora", "semantic_lora", "guidance_range"):
+            values[name] = tuple(values[name]) if values.get(name) else None
         values["grid"] = TimeGrid(**values["grid"])
         return Card(**values), plans
     except (TypeError, KeyError, AttributeError, UnknownKey) as other:
@@ -187,42 +199,47 @@ def load_student(
     card, plans = read_card(folder)
     network = None
     if teacher is not None:
-        found = tree_digest(teacher)
+        found = teacher_digest(teacher)
         if card.sources.get("teacher") not in (None, found):
             raise StaleArtifact(f"{folder} was distilled from another teacher than {teacher}")
-        network = load_teacher(teacher).requires_grad_(False)
+        network = load_whole_teacher(teacher, card.guidance_scale).requires_grad_(False)
     experts = _experts(folder, card, network, merged=merged)
     # Not before: files and new layers come on the CPU.
     fields: dict[str, VelocityField] = {name: expert.to(device) for name, expert in experts.items()}
     if network is not None:
-        null = null_text(torch.empty(1, *card.text_shape))
-        fields["teacher"] = guided(network.to(device), null, card.guidance_scale)
+        own = (folder / NULL).is_file()
+        null = load_null(folder) if own else null_text(torch.empty(1, *card.text_shape))
+        fields["teacher"] = guide_teacher(network.to(device), null.to(device), card.guidance_scale)
     return Student(card, fields, plans, schedule_from_dict(card.schedule))
 
 
 def is_lora(path: str | Path) -> bool:
     """Whether a student can only be loaded with its teacher. Raises what `read_card` raises."""
-    return read_card(Path(path))[0].kind == "motion"
+    return read_card(Path(path))[0].first_lora is not None
 
 
-def _experts(folder: Path, card: Card, teacher: Teacher | None, *, merged: bool) -> dict[str, Teacher]:
-    """Load a student's networks by name; a motion student is a LoRA on its teacher."""
-    if card.kind == "motion":
-        if teacher is None:
-            raise MissingArtifact(
-                f"{folder} is a LoRA on its teacher: load_student(folder, teacher=its folder)"
-            )
-        lora = load_lora(teacher, folder, *_lora(card))
-        return {"semantic": merge(lora) if merged else lora}
-    semantic = load_teacher(folder / "semantic").requires_grad_(False)
+def _experts(
+    folder: Path, card: Card, teacher: Teacher | PairField | None, *, merged: bool
+) -> dict[str, Teacher]:
+    """Load a student's networks by name; one that is a LoRA stands on its teacher."""
+    experts = {"semantic": _first(folder, card, teacher)}
     if card.kind == "dual_full":
-        return {"semantic": semantic, "detail": load_teacher(folder / "detail").requires_grad_(False)}
-    if card.lora is None:
-        return {"semantic": semantic}
-    detail = add_detail(cast(WanField, semantic), *_lora(card), seed=0)
-    load_own_state(detail, load_file(folder / "detail.safetensors"))
-    detail = detail.requires_grad_(False).eval()
-    return {"semantic": semantic, "detail": merge_lora(detail) if merged else detail}
+        second = load_teacher(folder / "detail", guidance_scale=card.guidance_scale)
+        experts["detail"] = second.requires_grad_(False)
+    elif card.kind == "dual":
+        detail = add_detail(experts["semantic"], *_lora(card), seed=0)
+        load_own_state(detail, load_file(folder / "detail.safetensors"))
+        experts["detail"] = detail.requires_grad_(False).eval()
+    return {name: merge(expert) for name, expert in experts.items()} if merged else experts
+
+
+def _first(folder: Path, card: Card, teacher: Teacher | PairField | None) -> Teacher:
+    """Load the semantic or only expert."""
+    if (lora := card.first_lora) is None:
+        return load_teacher(folder / "semantic", guidance_scale=card.guidance_scale).requires_grad_(False)
+    if teacher is None:
+        raise MissingArtifact(f"{folder} is a LoRA on its teacher: load_student(folder, teacher=its folder)")
+    return load_lora(teacher.high if isinstance(teacher, PairField) else teacher, folder, *lora)
 
 
 def _lora(card: Card) -> tuple[int, float]:

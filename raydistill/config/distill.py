@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from raydistill.config.checks import at_least, fraction, positive
 from raydistill.config.grid import GridConfig
-from raydistill.config.stages import DetailConfig, MotionConfig, StageConfig
+from raydistill.config.stages import DetailConfig, MotionConfig, SemanticConfig, StageConfig
 from raydistill.errors import InvalidValue
 
 SWITCHES = {
@@ -156,9 +156,11 @@ class DistillConfig:
     """A many-step teacher becomes a few-step student."""
 
     teacher: str = "raydistill/world/weights/teacher"
-    """Folder of the frozen many-step model."""
+    """The frozen many-step model: a folder of diffusers' network or pipeline, or a pipeline's name on the
+    hub. Of Wan2.2's two networks each expert is distilled from its own. Embedded guidance is detected."""
     codec: str = "raydistill/world/weights/codec"
-    """Folder of the codec that made the latents; its fingerprint is compared with theirs."""
+    """Codec that made the latents, a folder of the codec or its pipeline, or a name on the hub; its
+    fingerprint is compared with theirs."""
     data: str = "build/latents"
     """Latents artifact to train on."""
     images: str = ""
@@ -187,7 +189,7 @@ class DistillConfig:
     """Decay of the moving average of the student that is kept as the result, in [0, 1); 0 keeps the last.
     At step n at most (1 + n) / (10 + n), so that a short run's average is not mostly its beginning: 0.995
     holds from step 1,790 on."""
-    semantic: StageConfig = field(default_factory=StageConfig)
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
     """First stage: t in (boundary, 1]."""
     detail: DetailConfig = field(default_factory=DetailConfig)
     """Second stage: t in (0, boundary]."""

@@ -126,11 +126,19 @@ class EncodeConfig:
     """The pool of encoders: codec and text encoder."""
 
     codec: str = "raydistill/world/weights/codec"
-    """Folder of the codec, safetensors."""
+    """The codec, safetensors: a folder of diffusers' autoencoder or pipeline, or a pipeline's name on the
+    hub."""
+    text: str = ""
+    """Pipeline whose text encoders embed the captions, a folder or a name on the hub; empty: fixed word
+    vectors, which only the small world's teachers know."""
+    text_length: int = 0
+    """Tokens of a caption by `text`; 0: as the pipeline has it (Wan 512, HunyuanVideo 256, CogVideoX 226)."""
+    text_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of `text`'s encoders."""
     text_tokens: int = 8
-    """Length of a caption's embedding."""
+    """Length of a caption's embedding by word vectors."""
     text_width: int = 32
-    """Width of a caption's embedding."""
+    """Width of a caption's embedding by word vectors."""
     dtype: Literal["float32", "float16"] = "float32"
     """How latents are stored; readers always get float32."""
     batch_size: int = 16
@@ -147,6 +155,7 @@ class EncodeConfig:
         for name in ("text_tokens", "text_width", "batch_size", "num_actors"):
             at_least(f"encode.{name}", getattr(self, name), 1)
         at_least("encode.gpus_per_actor", self.gpus_per_actor, 0)
+        at_least("encode.text_length", self.text_length, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +163,7 @@ class RecordConfig:
     """Paths of a teacher, recorded ahead: training on them needs no pass of the teacher."""
 
     teacher: str = "raydistill/world/weights/teacher"
-    """Folder of the teacher."""
+    """The teacher, as jobs/distill.py takes it."""
     num_paths: int = 1024
     """How many paths; path i has the caption of row i, again from the first when they are used up."""
     guidance_range: tuple[float, float] = (2.0, 2.0)

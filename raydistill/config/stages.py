@@ -146,7 +146,7 @@ class AppearanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One expert's training. The semantic expert uses these fields alone."""
+    """One expert's training: what all stages have."""
 
     num_steps: int = 600
     """Optimizer steps of the stage."""
@@ -180,6 +180,23 @@ class StageConfig:
             parts = f"{num_workers} workers x {rounds} micro-batches"
             raise InvalidValue("appearance.images_per_step", images, f"a multiple of {parts}")
         return rounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticConfig(StageConfig):
+    """The semantic expert, or the only one of experts=single."""
+
+    lora_rank: int = 0
+    """0: all weights are trained (DCM). Else the rank of a LoRA on the teacher's attention and feed-forward
+    layers, whose base is held once for the teacher and both experts."""
+    lora_alpha: float = 64.0
+    """Scale of a branch is alpha / rank. Unused without rank."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        StageConfig.__post_init__(self)
+        at_least("semantic.lora_rank", self.lora_rank, 0)
+        positive("semantic.lora_alpha", self.lora_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)

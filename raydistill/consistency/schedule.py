@@ -74,9 +74,9 @@ class RectifiedFlow:
 class VariancePreserving:
     """alpha(t)^2 + sigma(t)^2 = 1, from a table of alphas_cumprod (DDPM, eq. 4; MCM's teachers).
 
-    Timestep k of the table is t = (k + 1) / length, and t = 0 is clean data; at t = 1 alpha is still above 0.
-    Between entries alpha^2 is linear. `prediction` is what the network gives: the noise ("epsilon") or
-    alpha noise - sigma x0 ("v"; PD, app. D).
+    Timestep k of the table is t = (k + 1) / length, and t = 0 is clean data; between entries alpha^2 is
+    linear. `prediction` is what the network gives: the noise ("epsilon"), or alpha noise - sigma x0 ("v"; PD,
+    app. D), with which alone the table may end at alpha = 0: the noise says nothing of x0 there.
     """
 
     alphas_cumprod: tuple[float, ...]
@@ -85,11 +85,14 @@ class VariancePreserving:
 
     def __post_init__(self):
         """Check that noise grows with t. Raises InvalidValue."""
-        table = torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64)
-        if len(table) < 2 or not bool((table.diff() < 0).all()) or float(table[-1]) <= 0:
-            raise InvalidValue("alphas_cumprod", f"{len(table) - 1} numbers", "decreasing, in (0, 1)")
         if self.prediction not in ("epsilon", "v"):
             raise InvalidValue("prediction", self.prediction, "'epsilon' or 'v'")
+        table = torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64)
+        ends = float(table[-1])
+        if len(table) < 2 or not bool((table.diff() < 0).all()) or ends < 0:
+            raise InvalidValue("alphas_cumprod", f"{len(table) - 1} numbers", "decreasing, in (0, 1)")
+        if ends == 0 and self.prediction == "epsilon":
+            raise InvalidValue("alphas_cumprod", "ends at 0", "above 0 where the noise is predicted")
         object.__setattr__(self, "_table", table)
 
     @staticmethod
@@ -113,6 +116,20 @@ class VariancePreserving:
         """Betas linear themselves (DDPM; AnimateDiff)."""
         betas = torch.linspace(first, last, length, dtype=torch.float64)
         return _from_betas(betas, prediction)
+
+    def with_less_signal(self, by: float, *, zero_terminal: bool = False) -> "VariancePreserving":
+        """Divide every signal-to-noise ratio by `by` (SD3, sec. 5.3; CogVideoX: 3 and 1), see `shift`.
+
+        `zero_terminal`: then move alpha linearly so that it ends at 0 (ZTSNR, alg. 1). Raises InvalidValue.
+        """
+        if not by > 0:
+            raise InvalidValue("snr_shift_scale", by, "above 0")
+        alphas = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
+        alphas = alphas / (by + (1 - by) * alphas)
+        if zero_terminal:
+            roots = alphas.sqrt()
+            alphas = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+        return VariancePreserving(tuple(float(x) for x in alphas), self.prediction)
 
     def _alpha2(self, t: Times) -> Times:
         table = self._table.to(t.device)

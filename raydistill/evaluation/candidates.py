@@ -15,6 +15,7 @@ from raydistill.config.evaluate import EvaluateConfig
 from raydistill.consistency.schedule import Schedule, TimeGrid
 from raydistill.consistency.solver import guided
 from raydistill.errors import InvalidValue, MissingArtifact, SamplingError, StaleArtifact
+from raydistill.models.folders import codec_digest, teacher_digest
 from raydistill.models.protocols import VelocityField
 from raydistill.models.teacher import load_schedule, load_teacher
 from raydistill.sampler import Path, SamplingPlan, teacher_plan, with_head, with_tail
@@ -155,7 +156,7 @@ def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lin
 
 
 def _guide(name: str, folder: str, scale: float, null_text: Float[Tensor, "l d"]) -> _Guide:
-    identity = {"teacher": tree_digest(folder), "guidance_scale": scale}
+    identity = {"teacher": teacher_digest(folder), "guidance_scale": scale}
     plain = load_teacher(folder).requires_grad_(False)
     field = guided(plain, null_text, scale)
     return _Guide(name, folder, plain, field, identity, scale != 1, load_schedule(folder))
@@ -218,7 +219,7 @@ def _own_teacher(config: EvaluateConfig, folder: str, guides: Sequence[_Guide]) 
     if teacher is None:
         measured = " or ".join(one.folder for one in guides)
         raise StaleArtifact(f"{folder} was distilled from another teacher than {measured}")
-    if card.sources.get("codec") not in (None, tree_digest(config.codec)):
+    if card.sources.get("codec") not in (None, codec_digest(config.codec)):
         raise StaleArtifact(f"{folder} makes latents of another codec than {config.codec}")
     for name, own in (("guidance_scale", card.guidance_scale), ("shift", card.grid.shift)):
         low, high = (card.guidance_range if name == "guidance_scale" else None) or (own, own)

@@ -100,10 +100,12 @@ def analyse(
     read: Callable[[int], tuple[Tensor, Tensor]],
     num_rows: int,
     report: Callable[[str], None],
+    null_text: Tensor | None = None,
 ) -> dict[str, Any]:
     """Train one plain student over the whole range, `semantic.num_steps` / 4 steps; watch it by noise level.
 
-    `read(i)` gives latents and text of row i. Runs in this process, on its GPU if scale.use_gpu says so.
+    `read(i)` gives latents and text of row i, `null_text` is the empty caption's embedding (see `Given`).
+    Runs in this process, on its GPU if scale.use_gpu says so.
     Returns plain lists, see `evaluation.analysis_plots.draw_analysis`. Raises InvalidValue for a grid too
     coarse, or where there is no GPU.
     """
@@ -112,8 +114,10 @@ def analyse(
     objective = replace(single.semantic.objective, temporal_coherence=0.0)
     rows = _Rows(read, num_rows, single.semantic.micro_batch, device)
     fixed = list(islice(rows.batches(), config.semantic.global_batch // single.semantic.micro_batch))
-    teacher = load_teacher(config.teacher).to(device)
-    given = Given(teacher, fixed[0].latents[:1], fixed[0].text[:1], schedule=load_schedule(config.teacher))
+    teacher = load_teacher(config.teacher, guidance_scale=config.guidance_scale).to(device)
+    null = null_text.to(device) if null_text is not None else None
+    schedule = load_schedule(config.teacher)
+    given = Given(teacher, fixed[0].latents[:1], fixed[0].text[:1], schedule=schedule, null_text=null)
     stage = build_stage(single, "semantic", given)
     grid = stage.segment.grid
     nodes = sorted({round(i * (grid.num_intervals - 1) / (PROBED_NODES - 1)) for i in range(PROBED_NODES)})
@@ -150,7 +154,9 @@ def _alone(config: DistillConfig) -> DistillConfig:
         experts="single",
         images="",
         mix=MixConfig(),
-        semantic=replace(config.semantic, num_steps=num_steps, optimizer=optimizer, objective=objective),
+        semantic=replace(
+            config.semantic, num_steps=num_steps, optimizer=optimizer, objective=objective, lora_rank=0
+        ),
         engine=EngineConfig(backend="torch", precision=precision, activation_checkpointing=less_memory),
         scale=ScaleConfig(num_workers=1),
     )

@@ -23,7 +23,7 @@ from raydistill.models.frame_critic import FrameCritic
 from raydistill.models.frame_features import load_frame_features
 from raydistill.models.motion_head import build_motion_head
 from raydistill.models.teacher import Teacher
-from raydistill.models.wan import WanField
+from raydistill.models.unet import UNetField
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _token_critic(
     config: DistillConfig, stage: DetailConfig, segment: Segment, teacher: Teacher, latents: Tensor
 ) -> Companion:
     """DCM's critic on the teacher's hidden maps; feature matching alone needs no critic."""
-    if not isinstance(teacher, WanField):
+    if isinstance(teacher, UNetField):
         weight = stage.objective.adversarial or stage.objective.feature_matching
         raise InvalidValue(
             "detail.objective.adversarial", weight, "0 with a U-Net: it looks at a transformer"
@@ -85,8 +85,7 @@ def _token_critic(
         return Companion(detail_look(judges, segment, stage.objective))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        dim = teacher.transformer.proj_out.in_features
-        critic = TokenCritic(len(blocks), dim, stage.critic.channels).to(latents.device)
+        critic = TokenCritic(len(blocks), teacher.hidden_size, stage.critic.channels).to(latents.device)
     engine = _engine(config, stage, critic, stage.critic.optimizer, exact=False)
     judges = Judges(teacher, critic, blocks, grid, stage.critic.real)
     turn = lambda seen: critic_losses(critic, seen, grid)  # noqa: E731

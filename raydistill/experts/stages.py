@@ -10,8 +10,7 @@ from torch import Tensor
 
 from raydistill.config.distill import DistillConfig
 from raydistill.config.stages import StageConfig
-from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, TimeGrid
-from raydistill.consistency.solver import guided, guided_by
+from raydistill.consistency.schedule import RECTIFIED_FLOW, SAME_TIME, Schedule, TimeGrid
 from raydistill.errors import InvalidValue
 from raydistill.experts.averages import SlowCopy, follow
 from raydistill.experts.companions import Companion, build_companions
@@ -19,11 +18,12 @@ from raydistill.experts.engine import Engine, build_engine
 from raydistill.experts.plain_engine import cast_parameters
 from raydistill.experts.semantic import Networks, Segment
 from raydistill.models.expert import add_detail, copy_trainable
+from raydistill.models.folders import boundary_ratio
+from raydistill.models.guidance import guide_teacher, guide_teacher_by
 from raydistill.models.lora import add_lora
 from raydistill.models.protocols import VelocityField
-from raydistill.models.teacher import Teacher
+from raydistill.models.teacher import Teacher, is_unet
 from raydistill.models.text import null_text
-from raydistill.models.wan import WanField
 
 
 @dataclass
@@ -98,6 +98,28 @@ def build_segment(config: DistillConfig, name: str, schedule: Schedule = RECTIFI
     return Segment(schedule, grid, upper, lower, seed, drawn, simulates)
 
 
+def require_own_networks(config: DistillConfig) -> None:
+    """Check settings against the teacher's networks.
+
+    Of a pipeline with two each expert has its own, and the boundary is the grid's highest time that the
+    second one owns. A critic that looks at hidden maps needs a transformer. Raises InvalidValue.
+    """
+    if (ratio := boundary_ratio(config.teacher)) is not None:
+        if not config.is_dual:
+            raise InvalidValue("experts", config.experts, "dual or dual_full: this teacher has two networks")
+        grid = TimeGrid(config.grid.num_intervals, shift=config.grid.shift, last=config.grid.last)
+        below = max(t for t in grid.nodes if t < ratio)
+        if abs(config.boundary - below) > SAME_TIME:
+            what = f"the grid's highest time below {ratio}, where this teacher's second network takes over"
+            raise InvalidValue("boundary", config.boundary, f"{below:.9g}, {what}")
+    judged = config.detail.objective.adversarial or config.detail.objective.feature_matching
+    if config.is_dual and judged and is_unet(config.teacher):
+        key = (
+            f"detail.objective.{'adversarial' if config.detail.objective.adversarial else 'feature_matching'}"
+        )
+        raise InvalidValue(key, judged, "0 with a U-Net: it looks at a transformer")
+
+
 @dataclass(frozen=True)
 class Given:
     """What a stage is built from besides the settings; all networks on one device."""
@@ -113,6 +135,8 @@ class Given:
     """The teacher's."""
     caption_means: tuple[Tensor, Tensor] | None = None
     """Mean pooled caption of clips and of images, for the image critic."""
+    null_text: Tensor | None = None
+    """The empty caption's embedding, (l, d); None: that of word vectors."""
 
 
 def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
@@ -135,9 +159,10 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     for net in (frozen, target.net) if target and target.net else (frozen,):
         cast_parameters(net, engine.dtype)
     slow = cast(VelocityField, target.net) if target and target.net else student
-    null = null_text(given.text)
+    null = null_text(given.text) if given.null_text is None else given.null_text
     lowest = config.guidance_range[0] if config.guidance_range else config.guidance_scale
-    nets = Networks(student, slow, guided(frozen, null, lowest), guided_by(frozen, null))
+    by = guide_teacher_by(frozen, null)
+    nets = Networks(student, slow, guide_teacher(frozen, null, lowest), by)
     segment = build_segment(config, name, given.schedule)
     companions = build_companions(config, name, segment, frozen, given.latents, given.caption_means)
     return Stage(name, stage, nets, segment, engine, student, target, average, companions)
@@ -168,9 +193,12 @@ def build_student(config: DistillConfig, teacher: Teacher, semantic: Teacher | N
     if config.experts == "motion":
         own = copy.deepcopy(teacher) if apart else teacher
         return add_lora(own, config.motion.lora_rank, config.motion.lora_alpha, config.seed)
+    if semantic is None and config.semantic.lora_rank:
+        own = copy.deepcopy(teacher) if apart else teacher
+        return add_lora(own, config.semantic.lora_rank, config.semantic.lora_alpha, config.seed)
     if (
         semantic is None or config.experts == "dual_full"
     ):  # two whole networks, both from the teacher (DCM, fig. 3)
         return copy.deepcopy(teacher).requires_grad_(True)
     below = copy.deepcopy(semantic) if apart else semantic
-    return add_detail(cast(WanField, below), config.detail.lora_rank, config.detail.lora_alpha, config.seed)
+    return add_detail(below, config.detail.lora_rank, config.detail.lora_alpha, config.seed)

@@ -17,6 +17,7 @@ from raydistill.experts.loop import distill
 from raydistill.experts.parts import Parts
 from raydistill.experts.stages import Given, Stage, build_stage, build_student
 from raydistill.experts.tracking import Tracker
+from raydistill.models.folders import boundary_ratio
 from raydistill.models.teacher import Teacher, load_schedule, load_teacher
 from raydistill.types import Batch
 
@@ -37,6 +38,8 @@ class Run:
     """Last checkpoint of the semantic stage, for the detail stage."""
     caption_means: tuple[Tensor, Tensor] | None = None
     """Mean pooled caption of clips and of images, for the image critic."""
+    null_text: Tensor | None = None
+    """The empty caption's embedding, (l, d); None: that of word vectors."""
 
 
 NOT_SHAPING = (
@@ -115,12 +118,14 @@ def train(worker: Worker) -> None:
 
 def _build(run: Run, worker: Worker) -> Stage:
     """Load the networks of `worker.stage` onto the worker's device and give them their roles."""
-    teacher = load_teacher(run.config.teacher).to(worker.device)
-    semantic = load_result(run.config, run.semantic, teacher) if run.semantic else None
+    config = run.config
+    teacher = load_teacher(config.teacher, worker.stage, config.guidance_scale).to(worker.device)
+    semantic = load_semantic(config, run.semantic, teacher) if run.semantic else None
     latents, text = (x.to(worker.device) for x in run.example)
-    schedule = load_schedule(run.config.teacher)
-    given = Given(teacher, latents, text, semantic, schedule, run.caption_means)
-    return build_stage(run.config, worker.stage, given)
+    null = run.null_text.to(worker.device) if run.null_text is not None else None
+    schedule = load_schedule(config.teacher)
+    given = Given(teacher, latents, text, semantic, schedule, run.caption_means, null)
+    return build_stage(config, worker.stage, given)
 
 
 def on_device(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:
@@ -138,6 +143,17 @@ def on_device(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:
             if images
             else None,
         )
+
+
+def load_semantic(config: DistillConfig, folder: Path, teacher: Teacher) -> Teacher:
+    """Rebuild the finished semantic expert beside the detail stage's teacher; a LoRA shares its weights.
+
+    A teacher of two networks has another one for the semantic expert.
+    """
+    if boundary_ratio(config.teacher) is not None:
+        device = next(teacher.parameters()).device
+        teacher = load_teacher(config.teacher, "semantic", config.guidance_scale).to(device)
+    return load_result(config, folder, teacher)
 
 
 def load_result(

@@ -1,7 +1,6 @@
 """Clips and captions to latents and text embeddings, in batches of equal shape."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch import Tensor
 from raydistill.artifacts import tree_digest, tree_files
 from raydistill.config.prepare import ClipConfig
 from raydistill.errors import InvalidValue, MissingArtifact
-from raydistill.models.text import WordVectors
+from raydistill.models.codec_config import compression, read_codec, statistics
+from raydistill.models.folders import part_folder
+from raydistill.models.protocols import TextEncoder
 
 NORMALISATION = "frames / 127.5 - 1; latents by the codec's own mean and deviation"
 
@@ -24,7 +25,7 @@ class Encoder:
         self,
         codec: str | Path,
         *,
-        text: WordVectors,
+        text: TextEncoder,
         batch_size: int,
         dtype: str = "float32",
         device: str = "cpu",
@@ -43,7 +44,9 @@ class Encoder:
 
         The batches depend on the order of the clips alone, so the same clips give the same bits.
         """
-        text = self.text(captions).numpy() if captions else ()
+        size = self.batch_size
+        parts = [self.text(captions[at : at + size]) for at in range(0, len(captions), size)]
+        text = torch.cat(parts).numpy() if parts else ()
         latents: list[np.ndarray] = []
         start = 0
         while start < len(clips):
@@ -62,22 +65,17 @@ def frames_to_tensor(clips: Sequence[np.ndarray]) -> Tensor:
     return stacked.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
-def models_identity(codec: str | Path, text: WordVectors) -> dict[str, Any]:
-    """Return what stands for the models in a fingerprint: the contents of every file, not where they lie."""
-    folder, kind = Path(codec), _config_of(codec).get("_class_name", "unknown")
+def models_identity(codec: str | Path, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stands for the models in a fingerprint: the contents of every file, not where they lie.
+
+    `text`: the text encoder's own identity.
+    """
+    kind, _ = _known_codec(codec)
+    folder = part_folder(codec, "vae")
     return {
         "codec": {"kind": kind, "digest": tree_digest(folder), "files": tree_files(folder)},
-        "text": dict(text.identity),
+        "text": dict(text),
     }
-
-
-def _config_of(codec: str | Path) -> dict[str, Any]:
-    """Read a codec's sizes. Raises MissingArtifact."""
-    try:
-        return dict(json.loads(Path(codec, "config.json").read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        place = f"encode.codec: no codec at {Path(codec).absolute()}"
-        raise MissingArtifact(f"{place}: expected a diffusers autoencoder's folder, {error!r}") from error
 
 
 def require_codec(codec: str | Path, clip: ClipConfig, *, images: bool = False) -> None:
@@ -85,20 +83,23 @@ def require_codec(codec: str | Path, clip: ClipConfig, *, images: bool = False) 
 
     From its config alone, before anything is started. Raises MissingArtifact, InvalidValue.
     """
-    config = _config_of(codec)
-    kind, space = config.get("_class_name"), 8
-    if kind == "AutoencoderTiny":
-        space = 2 ** (len(config.get("encoder_block_out_channels") or (64,) * 4) - 1)
-    elif kind == "AutoencoderKLWan":
-        space = int(config.get("scale_factor_spatial") or 8)
-        if not images:
-            _require_length(int(config.get("scale_factor_temporal") or 4), clip.num_frames)
-    else:
-        known = "known codecs are AutoencoderTiny and AutoencoderKLWan"
-        raise MissingArtifact(f"encode.codec: {Path(codec).absolute()} holds a {kind}: {known}")
+    kind, config = _known_codec(codec)
+    temporal, space = compression(kind, config)
+    if kind != "AutoencoderTiny" and (kind != "AutoencoderKLWan" or "latents_std" in config):
+        statistics(kind, config)
+    if not images and temporal > 1:
+        _require_length(temporal, clip.num_frames)
     for name in ("height", "width"):
         if getattr(clip, name) % space:
             raise InvalidValue(f"clip.{name}", getattr(clip, name), f"a multiple of {space} for this codec")
+
+
+def _known_codec(codec: str | Path) -> tuple[str, Mapping[str, Any]]:
+    """Return class and config of a codec. Raises MissingArtifact, naming the setting."""
+    try:
+        return read_codec(part_folder(codec, "vae"))
+    except MissingArtifact as error:
+        raise MissingArtifact(f"encode.codec: {error}") from error
 
 
 def _require_length(factor: int, num_frames: int) -> None:

@@ -17,7 +17,9 @@ from raydistill.artifacts import Manifest, fingerprint
 from raydistill.flow import ours_unwrapped
 from raydistill.latents.encode import Encoder
 from raydistill.latents.shards import latent_row, write_quarantine, write_shard
-from raydistill.models.text import WordVectors
+from raydistill.models.prompts import build_text
+from raydistill.models.protocols import TextEncoder
+from raydistill.models.text import NULL, WordVectors, save_null
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,8 @@ class EncodeOptions:
     """Where shards go."""
     identity: Mapping[str, Any]
     codec: str
-    text_tokens: int
-    text_width: int
+    text: Mapping[str, Any]
+    """Arguments of `build_text`."""
     dtype: str = "float32"
     batch_size: int = 16
     rows_per_group: int = 4
@@ -68,14 +70,15 @@ class EncodeShards:
     def __init__(self, options: EncodeOptions):
         """Load the models."""
         torch.set_num_threads(1)
-        self.options = options
+        self.options, device = options, _device()
         self.encoder = Encoder(
             options.codec,
-            text=WordVectors(options.text_tokens, options.text_width),
+            text=build_text(**options.text, device=device),
             batch_size=options.batch_size,
             dtype=options.dtype,
-            device="cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu",
+            device=device,
         )
+        write_null(options.folder, self.encoder.text)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode all shards of a block."""
@@ -119,6 +122,26 @@ class EncodeShards:
             )
             for (latents, text), (_, about) in zip(encoded, clips, strict=True)
         ]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+
+
+def write_null(folder: str | Path, text: TextEncoder) -> None:
+    """Write the empty caption's embedding beside the shards, where it is not known without the encoder."""
+    if not isinstance(text, WordVectors) and not (Path(folder) / NULL).is_file():
+        save_null(Path(folder), text([""])[0])
+
+
+def ensure_null(options: EncodeOptions, gpus: float = 0.0) -> None:
+    """Have a worker write the empty caption's embedding if no encode actor was needed, and none is there."""
+    if not options.text["pipeline"] or (Path(options.folder) / NULL).is_file():
+        return
+    alone = ray.remote(num_gpus=gpus)(
+        lambda: write_null(options.folder, build_text(**options.text, device=_device()))
+    )
+    ray.get(alone.remote())
 
 
 def sample_id(about: Mapping[str, Any], identity: Mapping[str, Any]) -> str:

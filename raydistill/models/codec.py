@@ -5,28 +5,39 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLWan, AutoencoderTiny
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+)
 from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from raydistill.errors import MissingArtifact
+from raydistill.models.codec_config import KINDS, read_codec, statistics
+from raydistill.models.folders import part_folder
 from raydistill.types import Latents
 
 SCALING = "latents.json"
 
 
 class FrameCodec(nn.Module):
-    """Frame by frame through an `AutoencoderTiny`: 8x down in space, none in time."""
+    """Frame by frame, 8x down in space, none in time: `AutoencoderTiny`, or `AutoencoderKL` by its mode."""
 
-    def __init__(self, autoencoder: AutoencoderTiny, mean: list[float], deviation: list[float]):
-        """Normalise each latent channel by the training set's mean and deviation."""
+    def __init__(
+        self, autoencoder: AutoencoderTiny | AutoencoderKL, mean: list[float], deviation: list[float]
+    ):
+        """Normalise each latent channel by this mean and deviation."""
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder: Any = autoencoder
         self.mean: Tensor
         self.deviation: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1, 1))
@@ -35,6 +46,7 @@ class FrameCodec(nn.Module):
     def encode(self, frames: Tensor) -> Latents:
         """(b, 3, f, h, w) in [-1, 1] to (b, c, f, h/8, w/8)."""
         z = self.autoencoder.encode(rearrange(frames, "b c f h w -> (b f) c h w"), return_dict=False)[0]
+        z = z if isinstance(z, Tensor) else z.mode()
         return (rearrange(z, "(b f) c h w -> b c f h w", b=len(frames)) - self.mean) / self.deviation
 
     def decode(self, latents: Latents) -> Tensor:
@@ -66,22 +78,24 @@ class FrameCodec(nn.Module):
         (Path(folder) / SCALING).write_text(json.dumps(scaling, indent=1) + "\n", encoding="utf-8")
 
 
-class WanCodec(nn.Module):
-    """`AutoencoderKLWan`: 8x down in space, 4x in time after the first frame; takes the posterior's mode."""
+class ClipCodec(nn.Module):
+    """8x down in space, 4x in time after the first frame, by the posterior's mode.
 
-    def __init__(self, autoencoder: AutoencoderKLWan):
-        """Take the normalisation from the autoencoder's own config."""
+    Wan's, HunyuanVideo's or CogVideoX's autoencoder.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKLWan | AutoencoderKLHunyuanVideo | AutoencoderKLCogVideoX):
+        """Take the normalisation from the autoencoder's own config. Raises InvalidValue if it has none."""
         super().__init__()
         self.autoencoder = autoencoder
+        mean, deviation = statistics(type(autoencoder).__name__, autoencoder.config)
         self.mean: Tensor
         self.deviation: Tensor
-        self.register_buffer("mean", torch.tensor(autoencoder.config["latents_mean"]).view(1, -1, 1, 1, 1))
-        self.register_buffer(
-            "deviation", torch.tensor(autoencoder.config["latents_std"]).view(1, -1, 1, 1, 1)
-        )
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1, 1))
 
     def encode(self, frames: Tensor) -> Latents:
-        """(b, 3, 4k+1, h, w) in [-1, 1] to (b, 16, k+1, h/8, w/8)."""
+        """(b, 3, 4k+1, h, w) in [-1, 1] to (b, c, k+1, h/8, w/8)."""
         return (self.autoencoder.encode(frames, return_dict=False)[0].mode() - self.mean) / self.deviation
 
     def decode(self, latents: Latents) -> Tensor:
@@ -90,7 +104,10 @@ class WanCodec(nn.Module):
         return cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0]).clamp(-1, 1)
 
     def _unclipped(self, latents: Latents) -> Tensor:
-        """Decode as `decode` does, taking the frames off the decoder: diffusers clips them after it."""
+        """Decode as `decode` does. Wan's frames are taken off the decoder: diffusers clips them after it."""
+        if not isinstance(self.autoencoder, AutoencoderKLWan):
+            z = latents * self.deviation + self.mean
+            return cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0])
         chunks = list[Tensor]()
 
         def keep(_net: nn.Module, _given: object, made: Tensor) -> None:
@@ -166,19 +183,25 @@ def _without_a_false_alarm() -> Generator[None, None, None]:
         logger.removeFilter(own)
 
 
-def load_codec(path: str | Path) -> FrameCodec | WanCodec:
-    """Load a codec folder, safetensors only, frozen; raises MissingArtifact when it is no codec."""
-    folder = Path(path)
+def load_codec(path: str | Path) -> FrameCodec | ClipCodec:
+    """Load a codec, safetensors only, frozen: an autoencoder's folder, a pipeline's, or a hub name.
+
+    Raises MissingArtifact when it is no codec, InvalidValue when its latents have no mean and deviation.
+    """
+    folder = part_folder(path, "vae")
+    kind, config = read_codec(folder)
+    network = getattr(diffusers, kind)
     try:
-        kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        expected = "expected the folder of a diffusers autoencoder"
-        raise MissingArtifact(f"no codec at {folder}: {expected}, found {error!r}") from error
-    if kind == "AutoencoderKLWan":
-        wan = AutoencoderKLWan.from_pretrained(folder, use_safetensors=True)
-        return WanCodec(wan).eval().requires_grad_(False)
-    if kind == "AutoencoderTiny":
         with _without_a_false_alarm():
-            autoencoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
-        return FrameCodec(autoencoder, *_scaling(folder / SCALING)).eval().requires_grad_(False)
-    raise MissingArtifact(f"{folder} holds a {kind}: known codecs are AutoencoderTiny and AutoencoderKLWan")
+            autoencoder = network.from_pretrained(folder, use_safetensors=True)
+    except OSError as without:
+        raise MissingArtifact(
+            f"{folder} has no safetensors weights: convert them, pickled ones are never read ({without})"
+        ) from without
+    if KINDS[kind].temporal > 1:
+        made = ClipCodec(autoencoder)
+    elif kind == "AutoencoderTiny":
+        made = FrameCodec(autoencoder, *_scaling(folder / SCALING))
+    else:
+        made = FrameCodec(autoencoder, *statistics(kind, config))
+    return made.eval().requires_grad_(False)

@@ -9,38 +9,37 @@ holds the base once.
 import copy
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from raydistill.consistency.phases import Phases
-from raydistill.models.lora import Field, attach, merge, shared_copy
-from raydistill.models.wan import WanField
+from raydistill.models.lora import Field, attach, shared_copy
+from raydistill.models.protocols import VelocityField
+from raydistill.models.teacher import Teacher
 from raydistill.types import Latents, Text, Times
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 DETAIL = "detail"
 """Name of the adapter."""
-TIME_LAYERS = ("condition_embedder", "norm_out", "proj_out")
-"""Layers of a Wan transformer that see the time, or follow it: the detail expert's own (DCM, fig. 5)."""
 
 
-def add_detail(semantic: WanField, rank: int, alpha: float, seed: int) -> WanField:
+def add_detail(semantic: Teacher, rank: int, alpha: float, seed: int) -> Teacher:
     """Build a detail expert over `semantic`, frozen here; at first both compute the same, bit for bit.
 
-    Only LoRA and copied layers require gradients. `seed` draws LoRA's A matrices; B starts at zero.
+    LoRA on the adapter's `attention` layers and copies of its `timed` ones: only these require gradients.
+    `seed` draws LoRA's A matrices; B starts at zero. The semantic expert may be a LoRA itself.
     """
     semantic.requires_grad_(False)
     detail = shared_copy(semantic)
-    for name in TIME_LAYERS:
-        setattr(detail.transformer, name, copy.deepcopy(getattr(semantic.transformer, name)))
-    attach(detail.transformer, LORA_TARGETS, rank, alpha, seed=seed, name=DETAIL)
-    for name in TIME_LAYERS:
-        getattr(detail.transformer, name).requires_grad_(True)
+    for name in detail.timed:
+        setattr(detail.network, name, copy.deepcopy(getattr(semantic.network, name)))
+    attach(detail.network, detail.attention, rank, alpha, seed=seed, name=DETAIL)
+    for layer in detail.network.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(list(layer.lora_A))  # those below go on as well
+    own = set(own_state(detail))
+    for name, parameter in detail.named_parameters():
+        parameter.requires_grad_(name in own)
     return detail
-
-
-def merge_lora(detail: WanField) -> WanField:
-    """Fold LoRA into attention weights of the detail expert's own, see `lora.merge`."""
-    return merge(detail, DETAIL)
 
 
 def copy_trainable(field: Field) -> Field:
@@ -49,14 +48,18 @@ def copy_trainable(field: Field) -> Field:
     return copy.deepcopy(field, {id(x): x for x in frozen}).requires_grad_(False)
 
 
-def own_state(detail: WanField) -> dict[str, Tensor]:
+def own_state(detail: Teacher) -> dict[str, Tensor]:
     """What the detail expert adds to the semantic one: LoRA and copied layers, by parameter name."""
-    copied = tuple(f"transformer.{name}." for name in TIME_LAYERS)
-    state = detail.state_dict()
-    return {k: v for k, v in state.items() if ".lora_" in k or k.startswith(copied)}
+    inside = next(name for name, module in detail.named_children() if module is detail.network)
+    copied = tuple(f"{inside}.{name}." for name in detail.timed)
+
+    def mine(name: str) -> bool:
+        return f".{DETAIL}." in name if ".lora_" in name else name.startswith(copied)
+
+    return {name: value for name, value in detail.state_dict().items() if mine(name)}
 
 
-def load_own_state(detail: WanField, state: dict[str, Tensor]) -> None:
+def load_own_state(detail: Teacher, state: dict[str, Tensor]) -> None:
     """Inverse of `own_state`; raises ValueError when names differ."""
     expected = own_state(detail).keys()
     if expected != state.keys():
@@ -67,7 +70,7 @@ def load_own_state(detail: WanField, state: dict[str, Tensor]) -> None:
 class DualExpert(nn.Module):
     """Both experts behind one velocity field: each sample goes to the expert that owns its time."""
 
-    def __init__(self, semantic: WanField, detail: WanField, boundary: float):
+    def __init__(self, semantic: VelocityField, detail: VelocityField, boundary: float):
         """Hand over at `boundary`, in (0, 1); a sample exactly there belongs to the detail expert."""
         super().__init__()
         self.semantic, self.detail, self.boundary = semantic, detail, boundary

@@ -6,12 +6,18 @@ off, so the network below cannot change, and memory holds it once.
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, WanLoraLoaderMixin
+from diffusers.loaders import (
+    CogVideoXLoraLoaderMixin,
+    HunyuanVideoLoraLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    WanLoraLoaderMixin,
+)
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -19,8 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raydistill.errors import CorruptArtifact, MissingArtifact
+from raydistill.models.cogvideox import CogVideoXField
+from raydistill.models.hunyuan import HunyuanField
 from raydistill.models.teacher import Teacher
-from raydistill.models.unet import UNetField
 from raydistill.models.wan import WanField
 
 Field = TypeVar("Field", bound=nn.Module)
@@ -29,22 +36,22 @@ FILE = "pytorch_lora_weights.safetensors"
 """As diffusers' pipelines look for it."""
 MOTION = "motion"
 """Name of the adapter."""
-WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-UNET_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
-"""MCM's list."""
+PIPELINES: dict[type[Teacher], Any] = {
+    WanField: WanLoraLoaderMixin,
+    HunyuanField: HunyuanVideoLoraLoaderMixin,
+    CogVideoXField: CogVideoXLoraLoaderMixin,
+}
+"""What saves a LoRA as the teacher's pipeline loads it; U-Nets have Stable Diffusion's."""
 
 
 def add_lora(teacher: Teacher, rank: int, alpha: float, seed: int) -> Teacher:
-    """Build MCM's student over `teacher`, which is frozen here; at first both compute the same, bit for bit.
+    """Build a LoRA student over `teacher`, which is frozen here; at first both compute the same, bit for bit.
 
     Only the branches require gradients. `seed` draws their A matrices; B starts at zero.
     """
     teacher.requires_grad_(False)
     student = shared_copy(teacher)
-    attach(student.network, targets_of(student.network), rank, alpha, seed=seed, name=MOTION)
+    attach(student.network, targets_of(student), rank, alpha, seed=seed, name=MOTION)
     return student
 
 
@@ -53,18 +60,17 @@ def shared_copy(field: Field) -> Field:
     return copy.deepcopy(field, {id(x): x for x in (*field.parameters(), *field.buffers())})
 
 
-def targets_of(network: nn.Module) -> list[str]:
-    """Full names of the layers that MCM adapts.
+def targets_of(field: Teacher) -> list[str]:
+    """Full names of the layers that a LoRA over the whole path adapts (of U-Nets: MCM's).
 
     ModelScopeT2V's convolutions over time are left out, as in MCM: no suffix names them. So are the
     projections around AnimateDiff's motion modules, which diffusers calls with an argument that peft's layers
     refuse.
     """
-    suffixes = UNET_TARGETS if "UNet" in type(network).__name__ else WAN_TARGETS
-    ends = tuple(f".{suffix}" for suffix in suffixes)
+    ends = tuple(f".{suffix}" for suffix in field.adapted)
     found = [
         name
-        for name, module in network.named_modules()
+        for name, module in field.network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and f".{name}".endswith(ends)
     ]
     refused = ("proj_in", "proj_out")
@@ -76,7 +82,9 @@ def attach(
 ) -> None:
     """Put LoRA branches on the layers of these names or suffixes; only they require gradients then."""
     network.requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # A detail expert over a semantic one that is a LoRA has two adapters, and means to.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
         torch.manual_seed(seed)
         inject_adapter_in_model(_config(targets, rank, alpha), network, adapter_name=name)
 
@@ -86,15 +94,15 @@ def _config(targets: Sequence[str], rank: int, alpha: float) -> LoraConfig:
 
 
 @torch.no_grad()
-def merge(field: Field, name: str = MOTION) -> Field:
-    """Fold the branches into weights of the network's own; in place, for sampling only.
+def merge(field: Field) -> Field:
+    """Fold all branches into weights of the network's own; in place, for sampling only.
 
     Equal to the branches up to rounding, and as fast as the network below, whose weights are not touched.
     """
     for place, layer in list(field.named_modules()):
-        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+        if isinstance(layer, LoraLayer):
             base = cast(nn.Linear | nn.Conv2d, layer.get_base_layer())
-            delta = cast(Any, layer).get_delta_weight(name)
+            delta = sum(cast(Any, layer).get_delta_weight(name) for name in layer.lora_A)
             base.weight = nn.Parameter(base.weight + delta, requires_grad=False)  # the tree's own, not shared
             field.set_submodule(place, base)
     return field
@@ -103,7 +111,8 @@ def merge(field: Field, name: str = MOTION) -> Field:
 def lora_state(student: Teacher) -> dict[str, Tensor]:
     """Return the branches' weights by the names that peft and diffusers save them under."""
     parameters = student.network.named_parameters()
-    return {n.replace(f".{MOTION}.", "."): p.detach() for n, p in parameters if ".lora_" in n}
+    branches = {n: p.detach() for n, p in parameters if ".lora_" in n and f".{MOTION}." in n}
+    return {n.replace(f".{MOTION}.", "."): p for n, p in branches.items()}
 
 
 def save_lora(student: Teacher, folder: Path, rank: int, alpha: float) -> None:
@@ -112,14 +121,14 @@ def save_lora(student: Teacher, folder: Path, rank: int, alpha: float) -> None:
     about = _config(targets_of_lora(student), rank, alpha).to_dict()
     kept = {key: about[key] for key in ("r", "lora_alpha", "target_modules")}
     kept["target_modules"] = sorted(kept["target_modules"])
-    if isinstance(student, WanField):
-        WanLoraLoaderMixin.save_lora_weights(
-            folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=kept
-        )
-    else:
-        StableDiffusionLoraLoaderMixin.save_lora_weights(
-            folder, unet_lora_layers=state, unet_lora_adapter_metadata=kept
-        )
+    pipeline, part = PIPELINES.get(type(student), StableDiffusionLoraLoaderMixin), _part_of(student)
+    how = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": kept}
+    pipeline.save_lora_weights(folder, **how)
+
+
+def _part_of(field: Teacher) -> str:
+    """Name of the network in its pipeline."""
+    return "transformer" if type(field) in PIPELINES else "unet"
 
 
 def targets_of_lora(student: Teacher) -> list[str]:
@@ -132,7 +141,7 @@ def load_lora(teacher: Teacher, folder: Path, rank: int, alpha: float) -> Teache
 
     Raises MissingArtifact without FILE, CorruptArtifact for other layers, another rank or another alpha.
     """
-    path, prefix = Path(folder) / FILE, "unet" if isinstance(teacher, UNetField) else "transformer"
+    path, prefix = Path(folder) / FILE, _part_of(teacher)
     if not path.is_file():
         raise MissingArtifact(f"no LoRA at {path}: copy the student again")
     student = add_lora(teacher, rank, alpha, seed=0)

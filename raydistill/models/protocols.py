@@ -1,7 +1,7 @@
-"""What the maths is applied to: three protocols, no base classes."""
+"""What the maths is applied to: protocols, no base classes."""
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
@@ -15,6 +15,19 @@ class VelocityField(Protocol):
 
     def __call__(self, x_t: Latents, t: Times, text: Text, /) -> Latents:
         """Predict at times t in [0, 1], one per sample; shape of x_t."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Captions to what a network is conditioned on."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What shapes the embedding, for fingerprints."""
+        ...
+
+    def __call__(self, captions: Sequence[str], /) -> Text:
+        """Embed captions: float32 (b, l, d) on the CPU; '' is the null text."""
         ...
 
 

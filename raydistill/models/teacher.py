@@ -1,4 +1,4 @@
-"""Teachers by what their folder holds: diffusers' Wan transformer and video U-Nets; their noise schedules."""
+"""Teachers by what their folder holds: diffusers' video networks and their noise schedules."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,41 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from diffusers import UNet3DConditionModel, UNetMotionModel, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    WanTransformer3DModel,
+)
 
 from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, VariancePreserving
 from raydistill.errors import InvalidValue, MissingArtifact, StaleArtifact
+from raydistill.models.cogvideox import CogVideoXField
+from raydistill.models.folders import boundary_ratio, network_folders
+from raydistill.models.hunyuan import HunyuanField
+from raydistill.models.pair import PairField
 from raydistill.models.unet import TIMESTEPS, UNetField
 from raydistill.models.wan import WanField
 
-Teacher = WanField | UNetField
-UNETS = {"UNet3DConditionModel": UNet3DConditionModel, "UNetMotionModel": UNetMotionModel}
-KINDS: dict[str, Any] = {"WanTransformer3DModel": WanTransformer3DModel, **UNETS}
+Transformer = WanField | HunyuanField | CogVideoXField
+"""Adapters with hidden maps that a critic can look at."""
+Teacher = Transformer | UNetField
+KINDS: dict[str, tuple[Any, type[Teacher]]] = {
+    "WanTransformer3DModel": (WanTransformer3DModel, WanField),
+    "HunyuanVideoTransformer3DModel": (HunyuanVideoTransformer3DModel, HunyuanField),
+    "CogVideoXTransformer3DModel": (CogVideoXTransformer3DModel, CogVideoXField),
+    "UNet3DConditionModel": (UNet3DConditionModel, UNetField),
+    "UNetMotionModel": (UNetMotionModel, UNetField),
+}
+FLOWS = ("WanTransformer3DModel", "HunyuanVideoTransformer3DModel")
+"""Networks on rectified flow; the others have a variance-preserving schedule."""
 SCHEDULER = "scheduler_config.json"
 PREDICTIONS: dict[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
 BETAS = {"linear": VariancePreserving.linear, "scaled_linear": VariancePreserving.scaled_linear}
 KNOWN = {"beta_schedule": BETAS, "prediction_type": PREDICTIONS, "num_train_timesteps": (TIMESTEPS,)}
+OPTIONS = {"snr_shift_scale": 1.0, "rescale_betas_zero_snr": False}
+"""Further settings of a schedule, and what they are where a scheduler has none."""
 
 
 def _kind(folder: Path) -> str:
@@ -31,47 +52,91 @@ def _kind(folder: Path) -> str:
     if kind not in KINDS:
         known = ", ".join(KINDS)
         raise MissingArtifact(
-            f"no teacher at {folder}: expected the folder of a diffusers {known}; found {kind}"
+            f"no teacher at {folder}: expected the folder of a pipeline of diffusers, or of a {known}; "
+            f"found {kind}"
         )
     return kind
 
 
-def load_teacher(path: str | Path) -> Teacher:
-    """Load a folder of `save_pretrained` in float32, safetensors only. Raises MissingArtifact."""
-    folder = Path(path)
-    kind = _kind(folder)
-    network = KINDS[kind].from_pretrained(folder, use_safetensors=True)
-    return (UNetField(network) if kind in UNETS else WanField(network)).eval()
+def load_teacher(path: str | Path, expert: str | None = None, guidance_scale: float | None = None) -> Teacher:
+    """Load a network in float32, safetensors only: its folder, that of a pipeline, or a pipeline on the hub.
+
+    `expert`: 'detail' takes the second network of a pipeline with two, all else the first.
+    `guidance_scale` is what networks with embedded guidance are given.
+    Raises MissingArtifact; InvalidValue for a variant that is not known.
+    """
+    folders = network_folders(path)
+    folder = folders[-1] if expert == "detail" else folders[0]
+    network, field = KINDS[_kind(folder)]
+    try:
+        loaded = network.from_pretrained(folder, use_safetensors=True)
+    except OSError as without:
+        raise MissingArtifact(
+            f"{folder} has no safetensors weights: convert them, pickled ones are never read ({without})"
+        ) from without
+    teacher = field(loaded).eval()
+    if guidance_scale is not None and isinstance(teacher, HunyuanField):
+        teacher.guidance = guidance_scale
+    return teacher
+
+
+def load_whole_teacher(path: str | Path, guidance_scale: float | None = None) -> Teacher | PairField:
+    """Load a teacher as its pipeline samples with it: of two networks both. Otherwise as `load_teacher`."""
+    if (ratio := boundary_ratio(path)) is None:
+        return load_teacher(path, guidance_scale=guidance_scale)
+    high, low = (load_teacher(path, expert) for expert in ("semantic", "detail"))
+    if not isinstance(high, WanField) or not isinstance(low, WanField):
+        raise MissingArtifact(f"{path} has two networks that are not Wan's")
+    return PairField(high, low, ratio)
 
 
 def read_teacher_config(path: str | Path) -> Mapping[str, Any]:
     """Return a teacher's sizes without its weights, defaults included. Raises MissingArtifact."""
-    folder = Path(path)
-    network = KINDS[_kind(folder)]
+    return _empty(network_folders(path)[0]).config
+
+
+def _empty(folder: Path) -> Any:
+    """Make a network without weights."""
+    network, _ = KINDS[_kind(folder)]
     with torch.device("meta"):
-        return network.from_config(cast(dict[str, Any], network.load_config(folder))).config
+        return network.from_config(cast(dict[str, Any], network.load_config(folder)))
 
 
 def require_fit(path: str | Path, latent_shape: Sequence[int], text_shape: Sequence[int]) -> None:
     """Compare one sample's latents (c, f, h, w) and text (l, d) with what a teacher takes.
 
-    Raises StaleArtifact for other channels, another width of text, or sizes that its patches or levels do not
-    divide.
+    Raises StaleArtifact for other channels, another width or length of text, or sizes that its patches or
+    levels do not divide; InvalidValue for a variant of the network that is not known.
     """
-    net, is_unet = read_teacher_config(path), _kind(Path(path)) in UNETS
-    width = net["cross_attention_dim"] if is_unet else net["text_dim"]
-    if (net["in_channels"], width) != (latent_shape[0], text_shape[-1]):
+    folder = network_folders(path)[0]
+    field = KINDS[_kind(folder)][1](_empty(folder))
+    net = field.network.config
+    channels, width, patch = field.sizes(net)
+    if (channels, width) != (latent_shape[0], text_shape[-1]):
         raise StaleArtifact(
-            f"{path} takes {net['in_channels']} latent channels, text of width {width}; the data "
+            f"{path} takes {channels} latent channels, text of width {width}; the data "
             f"has {latent_shape[0]} and {text_shape[-1]}: prepare with the teacher's own codec"
         )
-    halvings = 2 ** (len(net["block_out_channels"]) - 1) if is_unet else 1
-    patch = (1, halvings, halvings) if is_unet else tuple(net["patch_size"])
+    fixed = None if net.get("use_rotary_positional_embeddings", True) else net["max_text_seq_length"]
+    if fixed not in (None, text_shape[0]):
+        raise StaleArtifact(
+            f"{path} takes texts of {fixed} tokens, the data has {text_shape[0]}: prepare again"
+        )
     if any(size % step for size, step in zip(latent_shape[1:], patch, strict=True)):
         raise StaleArtifact(
             f"latents of (frames, height, width) {tuple(latent_shape[1:])} do not divide into the teacher's "
             f"patches of {patch}: prepare with other num_frames, height or width"
         )
+
+
+def is_unet(path: str | Path) -> bool:
+    """Whether a teacher is a U-Net, read from its config."""
+    return "UNet" in _kind(network_folders(path)[0])
+
+
+def embeds_guidance(path: str | Path) -> bool:
+    """Whether guidance is an input of the teacher, and no second pass: read from its config."""
+    return bool(read_teacher_config(path).get("guidance_embeds", False))
 
 
 def load_schedule(path: str | Path) -> Schedule:
@@ -80,13 +145,13 @@ def load_schedule(path: str | Path) -> Schedule:
 
 
 def read_schedule(path: str | Path) -> dict[str, Any]:
-    """Return the settings of a teacher's noise schedule in diffusers' words; none for Wan's rectified flow.
+    """Return the settings of a teacher's noise schedule in diffusers' words; none for rectified flow.
 
-    A U-Net's scheduler_config.json is looked for in its folder and, as diffusers' pipelines lay it out, in
+    The scheduler_config.json is looked for in the network's folder and, as pipelines lay it out, in
     scheduler/ below and beside it. Raises MissingArtifact, and InvalidValue for a schedule not known here.
     """
-    folder = Path(path)
-    if _kind(folder) not in UNETS:
+    folder = network_folders(path)[0]
+    if _kind(folder) in FLOWS:
         return {}
     places = [folder / SCHEDULER, folder / "scheduler" / SCHEDULER, folder.parent / "scheduler" / SCHEDULER]
     found = next((place for place in places if place.is_file()), None)
@@ -99,7 +164,8 @@ def read_schedule(path: str | Path) -> dict[str, Any]:
         if about.get(name) not in known:
             listed = ", ".join(str(one) for one in known)
             raise InvalidValue(f"{found}: {name}", about.get(name), f"known here: {listed}")
-    return {name: about[name] for name in ("beta_schedule", "beta_start", "beta_end", "prediction_type")}
+    kept = {name: about[name] for name in ("beta_schedule", "beta_start", "beta_end", "prediction_type")}
+    return kept | {name: about[name] for name, plain in OPTIONS.items() if about.get(name, plain) != plain}
 
 
 def schedule_from_dict(values: Mapping[str, Any]) -> Schedule:
@@ -108,4 +174,7 @@ def schedule_from_dict(values: Mapping[str, Any]) -> Schedule:
         return RECTIFIED_FLOW
     make = BETAS[values["beta_schedule"]]
     prediction = PREDICTIONS[values["prediction_type"]]
-    return make(values["beta_start"], values["beta_end"], TIMESTEPS, prediction)
+    plain = make(values["beta_start"], values["beta_end"], TIMESTEPS, prediction)
+    return plain.with_less_signal(
+        values.get("snr_shift_scale", 1.0), zero_terminal=values.get("rescale_betas_zero_snr", False)
+    )

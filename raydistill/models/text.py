@@ -3,14 +3,21 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors.torch import load, save
 from torch import Tensor
 
+from raydistill.artifacts import LatentStore, write_atomically
+from raydistill.errors import CorruptArtifact, MissingArtifact
 from raydistill.types import Text
 
+NULL = "null_text.safetensors"
+"""The empty caption's embedding, in a folder of latents and in a student's."""
+WORD_VECTORS = "word_vectors"
 STOP_WORDS = frozenset({"a", "an", "the", "of", "moves", "move", "over", "on", "in", "is", "background"})
 
 
@@ -27,7 +34,7 @@ class WordVectors:
     @property
     def identity(self) -> dict[str, object]:
         """What shapes the embedding, for fingerprints."""
-        return {"kind": "word_vectors", "version": 1, "num_tokens": self.num_tokens, "width": self.width}
+        return {"kind": WORD_VECTORS, "version": 1, "num_tokens": self.num_tokens, "width": self.width}
 
     def _vector(self, word: str) -> np.ndarray:
         key = np.frombuffer(hashlib.sha256(word.encode()).digest()[:16], dtype=np.uint64)
@@ -44,5 +51,34 @@ class WordVectors:
 
 
 def null_text(like: Text) -> Float[Tensor, "l d"]:
-    """Embed the empty caption, for guidance, in the sizes of a batch of texts (b, l, d)."""
+    """Embed the empty caption by word vectors, for guidance, in the sizes of a batch of texts (b, l, d)."""
     return WordVectors(like.shape[1], like.shape[2])([""])[0].to(like)
+
+
+def save_null(folder: Path, text: Float[Tensor, "l d"]) -> None:
+    """Write the empty caption's embedding."""
+    write_atomically(folder / NULL, save({"text": text.float().contiguous()}))
+
+
+def load_null(folder: Path) -> Float[Tensor, "l d"]:
+    """Inverse of `save_null`, float32. Raises MissingArtifact, CorruptArtifact."""
+    path = folder / NULL
+    if not path.is_file():
+        raise MissingArtifact(f"no {NULL} in {folder}, the empty caption for guidance: prepare again")
+    try:
+        return load(path.read_bytes())["text"]
+    except (ValueError, KeyError, OSError, RuntimeError) as broken:
+        raise CorruptArtifact(f"{path} holds no embedding: {broken}") from broken
+
+
+def null_of(store: LatentStore) -> Float[Tensor, "l d"]:
+    """Return the empty caption's embedding by the encoder of prepared latents, float32.
+
+    Raises MissingArtifact, and CorruptArtifact for one of another shape than the captions.
+    """
+    text = torch.from_numpy(store.row(0).text.copy())
+    made_by = store.manifest.identity.get("models", {}).get("text", {}).get("kind", WORD_VECTORS)
+    null = null_text(text[None]) if made_by == WORD_VECTORS else load_null(store.folder)
+    if null.shape != text.shape:
+        raise CorruptArtifact(f"{store.folder / NULL} is of shape {tuple(null.shape)}, captions {text.shape}")
+    return null

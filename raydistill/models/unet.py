@@ -1,8 +1,11 @@
 """diffusers' video U-Nets, ModelScopeT2V's and AnimateDiff's; the only place of their timestep."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from diffusers import UNet3DConditionModel, UNetMotionModel
-from torch import nn
+from torch import Tensor, nn
 
 from raydistill.errors import InvalidValue
 from raydistill.types import Latents, Text, Times
@@ -10,13 +13,34 @@ from raydistill.types import Latents, Text, Times
 TIMESTEPS = 1000
 
 
+def timestep_of(t: Times, device: torch.device) -> Tensor:
+    """Timesteps 1000 t - 1 of times t in [0, 1]; clean data, at t = 0, has the first."""
+    return (TIMESTEPS * t.to(device, torch.float64)).round().long().sub(1).clamp(min=0)
+
+
 class UNetField(nn.Module):
     """A U-Net's own prediction, of the noise or of v, as a function of (x_t, t, text)."""
+
+    attention: ClassVar = ("to_q", "to_k", "to_v", "to_out.0", "time_emb_proj")
+    """Layers that the detail expert adapts: attention, and where time enters a block. DCM has no U-Net."""
+    timed: ClassVar = ("time_embedding", "conv_norm_out", "conv_out")
+    """Layers that see the time, or follow all that does: the detail expert's own."""
+    adapted: ClassVar = (
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    )
+    """Layers that a LoRA over the whole path adapts (MCM's list)."""
 
     def __init__(self, network: UNet3DConditionModel | UNetMotionModel):
         """Wrap, without copying."""
         super().__init__()
         self.network = network
+
+    @staticmethod
+    def sizes(config: Mapping[str, Any]) -> tuple[int, int, tuple[int, int, int]]:
+        """Latent channels, width of the text, and what (frames, height, width) must divide by."""
+        halvings = 2 ** (len(config["block_out_channels"]) - 1)
+        return config["in_channels"], config["cross_attention_dim"], (1, halvings, halvings)
 
     def forward(self, x_t: Latents, t: Times, text: Text) -> Latents:
         """Predict in x_t's dtype; t in [0, 1] becomes timestep 1000 t - 1, see `VariancePreserving`.
@@ -24,8 +48,7 @@ class UNetField(nn.Module):
         At t = 0, clean data, the network is asked at its first timestep. The times may be on the CPU.
         """
         dtype = self.network.conv_in.weight.dtype
-        timestep = (TIMESTEPS * t.to(x_t.device, torch.float64)).round().long().sub(1).clamp(min=0)
-        text = text.to(dtype)
+        timestep, text = timestep_of(t, x_t.device), text.to(dtype)
         if isinstance(
             self.network, UNetMotionModel
         ):  # AnimateDiff's pipeline repeats the text; the other not

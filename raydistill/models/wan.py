@@ -1,19 +1,26 @@
 """`WanTransformer3DModel` as a velocity field; the only place of Wan's 0..1000 `timestep`."""
 
 import math
-from collections.abc import Sequence
-from functools import partial
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from raydistill.models.taps import tapped
 from raydistill.types import Latents, Text, Times
 
 
 class WanField(nn.Module):
     """A Wan transformer as v(x_t, t, text)."""
+
+    attention: ClassVar = ("to_q", "to_k", "to_v", "to_out.0")
+    """Layers that the detail expert adapts (DCM's code)."""
+    timed: ClassVar = ("condition_embedder", "norm_out", "proj_out")
+    """Layers that see the time, or follow it: the detail expert's own (DCM, fig. 5 and its code)."""
+    adapted: ClassVar = (*attention, "ffn.net.0.proj", "ffn.net.2")
+    """Layers that a LoRA over the whole path adapts."""
 
     def __init__(self, transformer: WanTransformer3DModel):
         """Wrap, without copying."""
@@ -29,6 +36,11 @@ class WanField(nn.Module):
         """Recompute activations in the backward pass."""
         self.transformer.enable_gradient_checkpointing()
 
+    @staticmethod
+    def sizes(config: Mapping[str, Any]) -> tuple[int, int, tuple[int, int, int]]:
+        """Latent channels, width of the text, and patch (frames, height, width) of a network's config."""
+        return config["in_channels"], config["text_dim"], tuple(config["patch_size"])
+
     def token_grid(self, latents: Latents) -> tuple[int, int, int]:
         """Tokens of one sample of latents: frames, height, width."""
         f, h, w = latents.shape[2:]
@@ -37,8 +49,13 @@ class WanField(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """How many transformer blocks there are."""
+        """How many transformer blocks a critic may look at."""
         return len(self.transformer.blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a token."""
+        return self.transformer.proj_out.in_features
 
     def forward(self, x_t: Latents, t: Times, text: Text) -> Latents:
         """Predict the velocity in x_t's dtype; t in [0, 1] becomes Wan's unrounded timestep 1000 t.
@@ -59,26 +76,16 @@ class WanField(nn.Module):
         The projection is the network's own last modulation and linear layer, as DCM's feature matching uses
         it; for the last block it equals the velocity.
         """
-        hidden: dict[int, Tensor] = {}
-        projected: list[Tensor] = []
         net = self.transformer
-        times: list[Tensor] = []
-
-        def keep(i: int, _module: nn.Module, _inputs: object, out: Tensor) -> None:
-            hidden[i] = out
-
-        hooks = [net.blocks[i].register_forward_hook(partial(keep, i)) for i in blocks]
-        hooks.append(net.condition_embedder.register_forward_hook(lambda _m, _a, out: times.append(out[0])))
-        try:
+        with tapped({**{i: net.blocks[i] for i in blocks}, "time": net.condition_embedder}) as given:
             self(x_t, t, text)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        shift, scale = (net.scale_shift_table + times[0].unsqueeze(1)).chunk(2, dim=1)
-        for i in blocks:
-            out = net.proj_out((net.norm_out(hidden[i].float()) * (1 + scale) + shift).type_as(hidden[i]))
+        temb, hidden = given["time"][0], [cast(Tensor, given[i]) for i in blocks]
+        projected: list[Tensor] = []
+        shift, scale = (net.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        for h in hidden:
+            out = net.proj_out((net.norm_out(h.float()) * (1 + scale) + shift).type_as(h))
             projected.append(_unpatchify(out, x_t, net.config["patch_size"]))
-        return [hidden[i] for i in blocks], projected
+        return hidden, projected
 
 
 def _unpatchify(tokens: Tensor, like: Latents, patch: tuple[int, int, int]) -> Latents:

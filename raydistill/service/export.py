@@ -21,7 +21,7 @@ from raydistill.errors import (
     SamplingError,
     StaleArtifact,
 )
-from raydistill.models.codec import FrameCodec, WanCodec, load_codec
+from raydistill.models.codec import ClipCodec, FrameCodec, load_codec
 from raydistill.models.teacher import read_teacher_config, require_fit
 from raydistill.models.text import WordVectors
 from raydistill.sampler import SamplingPlan, keyed_noise, sample, teacher_plan
@@ -52,7 +52,7 @@ CAPTIONS = (
     "snow falls on a dark forest",
 )
 """Of the clips that previews are fitted to."""
-Codec = FrameCodec | WanCodec
+Codec = FrameCodec | ClipCodec
 
 
 @dataclass(frozen=True)

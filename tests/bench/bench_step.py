@@ -23,7 +23,7 @@ import ray  # noqa: E402
 
 from raydistill.artifacts import LatentStore  # noqa: E402
 from raydistill.config.distill import DistillConfig, ScaleConfig, TrackingConfig  # noqa: E402
-from raydistill.config.stages import StageConfig  # noqa: E402
+from raydistill.config.stages import SemanticConfig  # noqa: E402
 from raydistill.consistency.average import moving_average_  # noqa: E402
 from raydistill.experts.launch import cluster  # noqa: E402
 from raydistill.experts.progress import read_metrics  # noqa: E402
@@ -107,7 +107,7 @@ def main() -> None:
             teacher=str(folder / "teacher"),
             data=str(folder / "latents"),
             output=str(folder / "out"),
-            semantic=StageConfig(num_steps=steps, micro_batch=32, global_batch=32),
+            semantic=SemanticConfig(num_steps=steps, micro_batch=32, global_batch=32),
             scale=ScaleConfig(num_workers=1),
             tracking=TrackingConfig(tensorboard=False),
             report_every=5,

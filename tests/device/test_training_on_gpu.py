@@ -17,7 +17,7 @@ import sys
 from dataclasses import replace
 import torch
 from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
-from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
+from raydistill.config.stages import DetailConfig, OptimizerConfig, SemanticConfig
 from raydistill.experts.loop import distill
 from raydistill.experts.stages import Given, build_stage
 from raydistill.models.wan import build_tiny_teacher
@@ -27,7 +27,7 @@ name, backend, zero_stage, precision, device = sys.argv[1:]
 device = torch.device(device)
 sizes = {"num_steps": 2, "global_batch": 4, "micro_batch": 2, "optimizer": OptimizerConfig(warmup_steps=1)}
 config = DistillConfig(
-    scale=ScaleConfig(num_workers=1), semantic=StageConfig(**sizes), detail=DetailConfig(**sizes),
+    scale=ScaleConfig(num_workers=1), semantic=SemanticConfig(**sizes), detail=DetailConfig(**sizes),
     engine=EngineConfig(backend=backend, zero_stage=int(zero_stage), precision=precision),
 )
 latents, text = torch.zeros(1, 4, 16, 4, 4, device=device), torch.zeros(1, 8, 32, device=device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
-from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
+from raydistill.config.stages import DetailConfig, OptimizerConfig, SemanticConfig, StageConfig
 from raydistill.errors import DistillError
 from raydistill.experts.engine import load_deepspeed
 from raydistill.experts.loop import distill
@@ -24,7 +24,7 @@ LATENTS, TEXT = (4, 4, 4, 4), (3, 32)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=1)
 SIZES = {"global_batch": 4, "micro_batch": 2, "optimizer": OPTIMIZER}
 CONFIG = DistillConfig(
-    scale=ScaleConfig(num_workers=1), semantic=StageConfig(**SIZES), detail=DetailConfig(**SIZES)
+    scale=ScaleConfig(num_workers=1), semantic=SemanticConfig(**SIZES), detail=DetailConfig(**SIZES)
 )
 
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from raydistill.errors import MissingArtifact
-from raydistill.models.codec import WanCodec, build_tiny_codec, load_codec
+from raydistill.models.codec import ClipCodec, build_tiny_codec, load_codec
 
 BROKEN = {
     "nothing": (None, None, "expected the folder of a diffusers autoencoder"),
@@ -58,7 +58,7 @@ def test_4k_plus_1_frames_become_k_plus_1_latents_and_come_back(codec, k):
 
 @torch.no_grad()
 def test_latents_are_normalised_as_in_wan_pipeline(codec, folder):
-    assert isinstance(codec, WanCodec)
+    assert isinstance(codec, ClipCodec)
     vae = AutoencoderKLWan.from_pretrained(folder).eval()
     frames = torch.rand(1, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     # As it stands in WanPipeline and its image-to-video brother, where `latents_std` is the reciprocal.
@@ -113,7 +113,7 @@ def test_frames_come_whole_from_a_decoder_of_patches():
     sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     patches = {"patch_size": 2, "in_channels": 12, "out_channels": 12}
     made = AutoencoderKLWan(**sizes, **patches, latents_mean=MEAN, latents_std=DEVIATION)
-    codec, latents = WanCodec(made).eval(), torch.randn(1, 4, 2, 2, 3)
+    codec, latents = ClipCodec(made).eval(), torch.randn(1, 4, 2, 2, 3)
     with torch.no_grad():
         some, whole = codec.decode_frames(latents, torch.tensor([[4, 1]])), codec.decode(latents)
     torch.testing.assert_close(some.clamp(-1, 1), whole[:, :, [4, 1]])

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from raydistill.config.distill import DistillConfig, EngineConfig, GridConfig, ScaleConfig
-from raydistill.config.stages import CriticConfig, DetailConfig, ObjectiveConfig, OptimizerConfig, StageConfig
+from raydistill.config.stages import (
+    CriticConfig,
+    DetailConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SemanticConfig,
+    StageConfig,
+)
 from raydistill.errors import IncompatibleCheckpoint, InvalidValue
 from raydistill.experts.engine import build_engine, deepspeed_config
 from raydistill.experts.parts import Parts
@@ -114,11 +121,11 @@ REFUSED = {
     "grid.num_intervals": lambda: GridConfig(num_intervals=1),
     "grid.shift": lambda: GridConfig(shift=0.0),
     "semantic.objective.adversarial": lambda: DistillConfig(
-        semantic=StageConfig(objective=ObjectiveConfig(adversarial=0.1))
+        semantic=SemanticConfig(objective=ObjectiveConfig(adversarial=0.1))
     ),
-    "semantic.global_batch": lambda: DistillConfig(semantic=StageConfig(global_batch=33)),
+    "semantic.global_batch": lambda: DistillConfig(semantic=SemanticConfig(global_batch=33)),
     "detail.global_batch": lambda: DistillConfig(detail=DetailConfig(global_batch=24, micro_batch=16)),
-    "semantic.optimizer.warmup_steps": lambda: DistillConfig(semantic=StageConfig(num_steps=5)),
+    "semantic.optimizer.warmup_steps": lambda: DistillConfig(semantic=SemanticConfig(num_steps=5)),
     "objective.coherence_stride": lambda: ObjectiveConfig(coherence_stride=0),
     "optimizer.learning_rate": lambda: OptimizerConfig(learning_rate=float("nan")),
     "optimizer.betas": lambda: OptimizerConfig(betas=(0.9, 1.0)),

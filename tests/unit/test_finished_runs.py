@@ -12,7 +12,7 @@ from test_checkpoint_torn import advance, asked_for, roles, save
 
 from raydistill.artifacts import Manifest
 from raydistill.config.distill import DistillConfig, EngineConfig, GridConfig, ScaleConfig
-from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, StageConfig
+from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, SemanticConfig
 from raydistill.errors import IncompatibleCheckpoint, InvalidValue
 from raydistill.experts.launch import launch
 from raydistill.experts.stages import build_segment
@@ -47,6 +47,7 @@ class Latents:
     """As much of a store as a start looks at."""
 
     fingerprint = "0" * 64
+    manifest = SimpleNamespace(identity={})
 
     def __len__(self):
         return 64
@@ -87,7 +88,9 @@ def test_a_stage_that_is_done_belongs_to_its_run(run_dir):
 
 
 def test_finished_is_both_stages_at_their_last_step(distill, run_dir):
-    config = DistillConfig(output=str(run_dir), semantic=StageConfig(**SIZES), detail=DetailConfig(**SIZES))
+    config = DistillConfig(
+        output=str(run_dir), semantic=SemanticConfig(**SIZES), detail=DetailConfig(**SIZES)
+    )
     assert distill.finished(config)
     assert not distill.finished(replace(config, semantic=replace(config.semantic, num_steps=NUM_STEPS + 1)))
     (run_dir / "checkpoints" / f"semantic-step-{NUM_STEPS:06d}" / "state.json").write_bytes(b"?" * 200)
@@ -98,7 +101,9 @@ def test_finished_is_both_stages_at_their_last_step(distill, run_dir):
 
 def test_a_refused_command_leaves_the_settings_of_the_run_alone(distill, run_dir):
     (run_dir / SETTINGS).write_text("the settings of this run", encoding="utf-8")
-    stranger = DistillConfig(output=str(run_dir), semantic=StageConfig(**SIZES), detail=DetailConfig(**SIZES))
+    stranger = DistillConfig(
+        output=str(run_dir), semantic=SemanticConfig(**SIZES), detail=DetailConfig(**SIZES)
+    )
     with pytest.raises(IncompatibleCheckpoint, match="belongs to another run"):
         distill.distil(stranger, distill.Stores(Latents()), {"teacher": "1" * 64})
     assert (run_dir / SETTINGS).read_text(encoding="utf-8") == "the settings of this run"
@@ -109,7 +114,7 @@ def test_all_that_shapes_the_detail_expert_is_in_its_identity(run_dir, tmp_path_
     config, semantic = DistillConfig(), run_dir / "checkpoints" / f"semantic-step-{NUM_STEPS:06d}"
     mine = settings_of(config, "detail", {}, semantic)
     assert settings_of(config, "detail", {}, semantic) == mine
-    small = {"semantic": StageConfig(micro_batch=4), "detail": DetailConfig(micro_batch=4)}
+    small = {"semantic": SemanticConfig(micro_batch=4), "detail": DetailConfig(micro_batch=4)}
     parts = replace(config, **small, scale=ScaleConfig(num_workers=4))
     assert settings_of(parts, "detail", {}, semantic) == mine
     extra = replace(config, engine=EngineConfig(extra={"gradient_clipping": 0}))
@@ -127,7 +132,7 @@ def test_a_boundary_between_two_nodes_is_refused_by_its_name():
 
 
 def test_temporal_coherence_needs_frames_that_far_apart(distill):
-    config = DistillConfig(semantic=StageConfig(objective=ObjectiveConfig(temporal_coherence=1.0)))
+    config = DistillConfig(semantic=SemanticConfig(objective=ObjectiveConfig(temporal_coherence=1.0)))
     distill.require_frames(config, "semantic", 4)
     with pytest.raises(InvalidValue, match="below the 3 frames"):
         distill.require_frames(config, "semantic", 3)

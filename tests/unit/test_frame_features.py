@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from raydistill.errors import CorruptArtifact, MissingArtifact
-from raydistill.models.codec import WanCodec, build_tiny_codec
+from raydistill.models.codec import ClipCodec, build_tiny_codec
 from raydistill.models.frame_features import DinoFeatures, FrameNet, load_frame_features
 
 FRAMES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -138,4 +138,4 @@ def test_checkpointed_decoding_has_the_same_gradient_and_is_not_clipped():
 
 
 def test_wans_codec_counts_its_frames():
-    assert [WanCodec.num_frames(None, n) for n in (1, 2, 5)] == [1, 5, 17]  # pyright: ignore[reportArgumentType]
+    assert [ClipCodec.num_frames(None, n) for n in (1, 2, 5)] == [1, 5, 17]  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
-from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, StageConfig
+from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, SemanticConfig
 from raydistill.errors import NonFiniteLoss
 from raydistill.experts.loop import distill, require_finite_gradient
 from raydistill.experts.stages import Given, build_stage
@@ -19,7 +19,7 @@ SIZES = {"num_steps": 4, "global_batch": 4, "micro_batch": 2, "optimizer": Optim
 CONFIG = DistillConfig(
     engine=EngineConfig(backend="torch"),
     scale=ScaleConfig(num_workers=1),
-    semantic=StageConfig(**SIZES),
+    semantic=SemanticConfig(**SIZES),
     detail=DetailConfig(**SIZES, lora_rank=2, objective=ObjectiveConfig(adversarial=0.1)),
 )
 SHAPE, TEXT = (4, 4, 4, 4), (3, 32)

@@ -9,6 +9,7 @@ from torch import nn
 from raydistill.errors import CorruptArtifact, MissingArtifact
 from raydistill.models.expert import copy_trainable
 from raydistill.models.lora import add_lora, load_lora, lora_state, merge, save_lora, shared_copy, targets_of
+from raydistill.models.unet import UNetField
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -94,13 +95,13 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
 
 def test_mcms_layers_are_adapted():
     net = unet_cases.unet3d()
-    names = targets_of(net)
+    names = targets_of(UNetField(net))
     mcm = {"to_q", "to_k", "to_v", "0", "proj", "2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"}
     assert {name.rpartition(".")[2] for name in names} == mcm | {"conv", "time_emb_proj"}
     assert any("temp_attentions" in name for name in names)
     assert any("temp_convs" in name for name, _ in net.named_modules())
     assert not any("temp_convs" in name for name in names)
     assert all(isinstance(net.get_submodule(name), nn.Linear | nn.Conv2d) for name in names)
-    motion = targets_of(unet_cases.unet_motion())
+    motion = targets_of(UNetField(unet_cases.unet_motion()))
     assert any("motion_modules" in name and name.endswith("to_q") for name in motion)
     assert not any("motion_modules" in name and name.endswith(("proj_in", "proj_out")) for name in motion)

@@ -9,6 +9,7 @@ from raydistill.config.stages import (
     DetailConfig,
     MotionConfig,
     ObjectiveConfig,
+    SemanticConfig,
     StageConfig,
 )
 from raydistill.errors import InvalidValue
@@ -33,7 +34,7 @@ REFUSED = {
         motion=MotionConfig(objective=JUDGED, appearance=AppearanceConfig(images_per_step=33)),
     ),
     "semantic.objective.appearance": lambda: DistillConfig(
-        images="images", semantic=StageConfig(objective=JUDGED)
+        images="images", semantic=SemanticConfig(objective=JUDGED)
     ),
     "motion.objective.adversarial": lambda: motion(
         motion=MotionConfig(objective=ObjectiveConfig(adversarial=1.0))
@@ -77,7 +78,7 @@ def test_stages_by_kind_of_expert():
 
 def test_only_the_stages_of_a_run_are_looked_at():
     """A motion run does not mind what the experts' batches are."""
-    motion(semantic=StageConfig(global_batch=7), detail=DetailConfig(global_batch=7))
+    motion(semantic=SemanticConfig(global_batch=7), detail=DetailConfig(global_batch=7))
 
 
 def test_images_divide_among_workers_and_micro_batches():

@@ -21,7 +21,7 @@ from motion_cases import (
 )
 
 from raydistill.config.distill import MixConfig
-from raydistill.config.stages import DetailConfig, ObjectiveConfig, StageConfig
+from raydistill.config.stages import DetailConfig, ObjectiveConfig, SemanticConfig
 from raydistill.consistency.losses import pseudo_huber
 from raydistill.consistency.schedule import VariancePreserving
 from raydistill.consistency.solver import euler, guided
@@ -252,7 +252,7 @@ def test_dcms_experts_take_the_representation_and_the_image_critic(weights):
         motion,
         experts="dual",
         mix=MixConfig(),
-        semantic=StageConfig(**sizes, objective=ObjectiveConfig(consistency=0.0, motion=1.0)),
+        semantic=SemanticConfig(**sizes, objective=ObjectiveConfig(consistency=0.0, motion=1.0)),
         detail=DetailConfig(**sizes, objective=ObjectiveConfig(appearance=0.2), lora_rank=2),
     )
     given = Given(teacher(), torch.zeros(1, 4, 4, 4, 4), torch.zeros(1, 3, 32), teacher(1))

@@ -5,6 +5,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+import pipeline_cases
 import pytest
 
 from raydistill.artifacts import fingerprint
@@ -107,10 +108,26 @@ def test_every_setting_is_on_one_of_the_two_lists():
     listed = {
         (section, key) for change in MATTERS + DOES_NOT for section, keys in change.items() for key in keys
     }
-    listed |= {("encode", "codec")}
+    listed |= {("encode", "codec"), *(("encode", key) for key in WITH_PIPELINE)}
     sections = [f for f in dataclasses.fields(PrepareConfig) if f.name not in ("output", "record")]
     every = {(s.name, f.name) for s in sections for f in dataclasses.fields(s.default_factory)}
     assert {pair for pair in listed if pair[0] != "output"} == every
+
+
+WITH_PIPELINE = ("text", "text_length", "text_precision")
+
+
+def test_captions_by_a_pipeline_follow_its_files_and_settings(codec, tmp_path):
+    folder = pipeline_cases.save(tmp_path / "p", "wan21")
+    before, text = prints(codec), {"text": str(folder)}
+    by_pipeline = prints(codec, encode=text)
+    others = [{**text, "text_length": 8}, {**text, "text_precision": "bf16"}]
+    made = [prints(codec, encode=one) for one in others]
+    assert len({before, by_pipeline, *made}) == 4
+    assert prints(codec, encode={**text, "text_tokens": 3, "text_width": 5}) == by_pipeline
+    assert prints(codec, encode={"text": shutil.copytree(folder, tmp_path / "moved")}) == by_pipeline
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert prints(codec, encode=text) != by_pipeline
 
 
 def test_fingerprint_follows_the_codecs_contents_not_its_place(codec, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig, TargetConfig
-from raydistill.config.stages import DetailConfig, OptimizerConfig, StageConfig
+from raydistill.config.stages import DetailConfig, OptimizerConfig, SemanticConfig
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.errors import InvalidValue
 from raydistill.experts.analyse import analyse, propose_boundary
@@ -22,7 +22,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
 CONFIG = DistillConfig(
     engine=EngineConfig(backend="torch"),
     scale=ScaleConfig(num_workers=1),
-    semantic=StageConfig(num_steps=4, global_batch=4, micro_batch=2, optimizer=OPTIMIZER),
+    semantic=SemanticConfig(num_steps=4, global_batch=4, micro_batch=2, optimizer=OPTIMIZER),
     detail=DetailConfig(num_steps=4, global_batch=4, micro_batch=2, optimizer=OPTIMIZER, lora_rank=2),
 )
 SHAPE, TEXT = (4, 4, 4, 4), (3, 32)

@@ -10,12 +10,14 @@ import pyarrow as pa
 import torch
 
 from raydistill import draws
-from raydistill.artifacts import LatentStore, Manifest, fingerprint, tree_digest
+from raydistill.artifacts import LatentStore, Manifest, fingerprint
 from raydistill.config.prepare import RecordConfig
 from raydistill.consistency.schedule import TimeGrid
-from raydistill.consistency.solver import euler, guided_by
-from raydistill.models.teacher import load_teacher, read_schedule, require_fit, schedule_from_dict
-from raydistill.models.text import null_text
+from raydistill.consistency.solver import euler
+from raydistill.models.folders import teacher_digest
+from raydistill.models.guidance import guide_teacher_by
+from raydistill.models.teacher import load_whole_teacher, read_schedule, require_fit, schedule_from_dict
+from raydistill.models.text import null_of
 from raydistill.shards import tensor_columns, write_table
 from raydistill.trajectories.store import SCHEMA_VERSION, TrajectoryStore, node_column, schema
 
@@ -54,7 +56,7 @@ def shards_of(config: RecordConfig) -> dict[str, range]:
 def asked_of_paths(teacher: str | Path, guidance_range: Sequence[float], grid: Any) -> dict[str, Any]:
     """Return the part of an identity that a run must share; `grid` has num_intervals, shift and last."""
     return {
-        "teacher": tree_digest(teacher),
+        "teacher": teacher_digest(teacher),
         "guidance_range": [float(w) for w in guidance_range],
         "solver": "euler",
         "grid": {"num_intervals": grid.num_intervals, "shift": float(grid.shift), "last": float(grid.last)},
@@ -79,7 +81,8 @@ class Recorder:
         """Load the teacher; open the latents for their captions and shapes."""
         self.told, self.device = told, torch.device(device)
         self.latents = LatentStore(told.latents)
-        self.teacher = load_teacher(told.config.teacher).requires_grad_(False).to(self.device)
+        self.teacher = load_whole_teacher(told.config.teacher).requires_grad_(False).to(self.device)
+        self.null_text = null_of(self.latents).to(self.device)
         self.schedule = schedule_from_dict(told.identity["schedule"])
         grid = told.config.grid
         self.grid = TimeGrid(grid.num_intervals, shift=grid.shift, last=grid.last)
@@ -92,7 +95,7 @@ class Recorder:
         text = torch.from_numpy(np.stack([row.text for row in rows])).to(self.device)
         low, high = config.guidance_range
         scales = low + (high - low) * draws.uniform(config.seed, index, "recorded guidance")
-        by = guided_by(self.teacher, null_text(text))
+        by = guide_teacher_by(self.teacher, self.null_text)
         x = draws.noise(config.seed, index, "recorded noise", rows[0].latents.shape).to(self.device)
         states = [x]
         for k in range(config.grid.num_intervals):

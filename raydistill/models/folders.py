@@ -1,0 +1,102 @@
+"""Where a model lies: a folder of diffusers, a whole pipeline's folder, or the name of one on the hub."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raydistill.artifacts import fingerprint, tree_digest
+from raydistill.errors import MissingArtifact
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
+NETWORKS = ("transformer", "transformer_2", "unet")
+"""A pipeline's denoising networks; Wan2.2 has two."""
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+
+
+def located(name: str | Path, parts: Sequence[str] = ()) -> Path:
+    """Return the folder of a model: `name` itself, or the hub's snapshot of it, only these parts of it.
+
+    The hub is asked where there is no such folder and the name is of the form 'owner/model'; with
+    HF_HUB_OFFLINE=1 only its cache is. Raises MissingArtifact.
+    """
+    folder = Path(name)
+    if folder.exists():
+        return folder
+    if not HUB_NAME.fullmatch(str(name)):
+        raise MissingArtifact(f"no model at {folder.absolute()}: name its folder, or a pipeline of the hub")
+    from huggingface_hub import snapshot_download  # only here: it costs half a second
+
+    wanted = ["*.json", *(f"{part}/*" for part in (*parts, "scheduler"))] if parts else None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=list(PICKLES)))
+    except Exception as failed:  # of many kinds: the network's, the hub's, its cache's
+        raise MissingArtifact(
+            f"no folder {folder.absolute()}, and '{name}' cannot be had from the hub: {failed}"
+        ) from failed
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return a pipeline's own list of its parts; empty for the folder of a single model."""
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as broken:
+        raise MissingArtifact(f"{folder / INDEX} is not a pipeline's index: {broken}") from broken
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise MissingArtifact(f"{folder / INDEX} names no pipeline")
+    return index
+
+
+def network_folders(name: str | Path) -> tuple[Path, ...]:
+    """Return the folders of a teacher's networks: one, or two where its pipeline has a pair.
+
+    Raises MissingArtifact for a pipeline without, and what `located` raises.
+    """
+    folder = located(name, NETWORKS)
+    if not (index := read_index(folder)):
+        return (folder,)
+    found = tuple(folder / part for part in NETWORKS if (folder / part / CONFIG).is_file())
+    if not found:
+        raise MissingArtifact(f"{folder} is a {index['_class_name']} without {', '.join(NETWORKS)}")
+    return found
+
+
+def boundary_ratio(name: str | Path) -> float | None:
+    """Time below which a pipeline's second network takes over, in (0, 1); None with one network."""
+    if len(network_folders(name)) < 2:
+        return None
+    folder = located(name, NETWORKS)
+    ratio = read_index(folder).get("boundary_ratio")
+    if not isinstance(ratio, float) or not 0.0 < ratio < 1.0:
+        raise MissingArtifact(
+            f"{folder / INDEX}: boundary_ratio = {ratio!r}, but two networks share the path at a time in "
+            "(0, 1): copy the pipeline again"
+        )
+    return ratio
+
+
+def part_folder(name: str | Path, part: str) -> Path:
+    """Return the folder of a pipeline's part, such as 'vae'; `name` itself if it is no pipeline."""
+    folder = located(name, (part,))
+    if not (index := read_index(folder)):
+        return folder
+    if not (folder / part).is_dir():
+        raise MissingArtifact(f"{folder} is a {index['_class_name']} without its {part}")
+    return folder / part
+
+
+def teacher_digest(name: str | Path) -> str:
+    """Return what stands for a teacher's networks in fingerprints: their contents, not where they lie."""
+    found = [tree_digest(folder) for folder in network_folders(name)]
+    return found[0] if len(found) == 1 else fingerprint([*found, boundary_ratio(name)])
+
+
+def codec_digest(name: str | Path) -> str:
+    """Return what stands for a codec in fingerprints."""
+    return tree_digest(part_folder(name, "vae"))

@@ -1,0 +1,102 @@
+"""DCM and MCM, with the papers' settings, on a small random model of every real class: two workers, ZeRO."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from job_cases import job_here, load_job
+from real_cases import DCM, UNETS, settings, write_inputs
+from safetensors.torch import load_file
+from shared_memory import left_since, shared_memory
+
+from raydistill.artifacts import LatentStore
+from raydistill.errors import InvalidValue
+from raydistill.flow import connect
+from raydistill.sampler import keyed_noise, sample
+from raydistill.student import load_student
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    before = shared_memory()
+    with connect(num_cpus=3, object_store_mib=200):
+        yield
+    assert not left_since(before)
+
+
+@pytest.fixture(scope="module", params=DCM)
+def made(request, tmp_path_factory, cluster):
+    """Inputs of a kind of teacher."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_inputs(folder, request.param)
+    return request.param, folder
+
+
+def weights(run):
+    """Every weight of a student."""
+    files = sorted((run / "student").rglob("*.safetensors"))
+    return {f"{path.name}/{n}": x for path in files for n, x in load_file(path).items()}
+
+
+def require_sampler(folder, run, plan):
+    """A student samples, by itself and by the teacher that it is compared with."""
+    student = load_student(run / "student", folder / "pipeline")
+    row = LatentStore(folder / "clips").row(0)
+    text = torch.from_numpy(row.text.copy())[None]
+    noise_at = keyed_noise(0, torch.tensor([0]))
+    noise = noise_at(0, (1, *student.card.latent_shape))
+    made = sample(student.fields, student.schedule, student.plan(plan), noise, text, noise_at=noise_at)
+    assert made.isfinite().all()
+    return student
+
+
+def test_dcm_runs_and_is_taken_up_between_its_stages(made, monkeypatch):
+    kind, folder = made
+    distill = load_job("distill")
+    command, run = settings(folder, kind, "dcm", "dcm"), folder / "dcm"
+    stage = distill.run_stage
+
+    def interrupted(config, name, *more):
+        if name == "detail":
+            raise KeyboardInterrupt
+        return stage(config, name, *more)
+
+    monkeypatch.setattr(distill, "run_stage", interrupted)
+    monkeypatch.setattr("sys.argv", ["distill.py", *map(str, command)])
+    with pytest.raises(KeyboardInterrupt):
+        distill.main()
+    assert not (run / "student").exists()
+    said = job_here("distill", *command)
+    assert "student: " in said
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(one["stage"], one["step"]) for one in lines] == [
+        (stage, step) for stage in ("semantic", "detail") for step in (1, 2)
+    ]
+    judged = {"loss/adversarial", "loss/feature_matching", "loss/critic"} <= lines[-1].keys()
+    assert judged == (kind not in UNETS)
+    student = require_sampler(folder, run, "2+tail")
+    assert set(student.fields) == {"semantic", "detail", "teacher"}
+
+
+def test_mcm_runs_and_is_taken_up_within_its_stage(made):
+    kind, folder = made
+    if kind == "wan22":
+        with pytest.raises(InvalidValue, match="two networks"):
+            job_here("distill", *settings(folder, kind, "dcm", "mcm"), "experts=motion")
+        return
+    command, run = settings(folder, kind, "mcm", "mcm"), folder / "mcm"
+    assert "student: " in job_here("distill", *command)
+    require_sampler(folder, run, "2")
+    if kind not in ("hunyuan", "animatediff"):
+        return
+    before = weights(run)
+    for path in (run / "student", run / "checkpoints" / "motion-step-000002"):
+        shutil.rmtree(path)
+    job_here("distill", *command)
+    after = weights(run)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert any(value.any() for name, value in after.items() if "lora_B" in name)
