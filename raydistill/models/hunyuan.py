@@ -98,7 +98,9 @@ class HunyuanField(nn.Module):
     def forward(self, x_t: Latents, t: Times, text: Text, guidance: Times | None = None) -> Latents:
         """Predict the velocity in x_t's dtype; t in [0, 1] becomes the unrounded timestep 1000 t.
 
-        `guidance`: a scale of each sample's own, in place of `self.guidance`.
+        `guidance`: a scale of each sample's own, in place of `self.guidance`. Its token, 1000 w, is rounded to
+        bfloat16 whatever the weights are: the model was published and is run so, 6 is 6016, and a student must
+        meet the same token in training and afterwards.
         """
         net = self.transformer
         dtype, device = net.x_embedder.proj.weight.dtype, x_t.device
@@ -106,7 +108,7 @@ class HunyuanField(nn.Module):
         token = None
         if self.embeds_guidance:
             scales = torch.full((len(x_t),), self.guidance) if guidance is None else guidance
-            token = 1000 * scales.to(device, dtype)
+            token = (1000 * scales.to(device, torch.bfloat16)).float()
         velocity = net(
             x_t.to(dtype),
             1000 * t.to(device, torch.float32),

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet3DConditionModel, UNetMotionModel
+from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
 
 from raydistill.errors import InvalidValue
@@ -16,6 +17,11 @@ TIMESTEPS = 1000
 def timestep_of(t: Times, device: torch.device) -> Tensor:
     """Timesteps 1000 t - 1 of times t in [0, 1]; clean data, at t = 0, has the first."""
     return (TIMESTEPS * t.to(device, torch.float64)).round().long().sub(1).clamp(min=0)
+
+
+def _in_dtype_of_input(_layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """AnimateDiff's tables of positions, buffers in float32, shall not make bfloat16 states so."""
+    return out.to(given[0].dtype)
 
 
 class UNetField(nn.Module):
@@ -35,6 +41,9 @@ class UNetField(nn.Module):
         """Wrap, without copying."""
         super().__init__()
         self.network = network
+        for layer in network.modules():
+            if isinstance(layer, SinusoidalPositionalEmbedding):
+                layer.register_forward_hook(_in_dtype_of_input)
 
     @staticmethod
     def sizes(config: Mapping[str, Any]) -> tuple[int, int, tuple[int, int, int]]:

@@ -37,7 +37,8 @@ from transformers import (
 KINDS = ("wan21", "wan22", "hunyuan", "cogvideox", "modelscope", "animatediff")
 WORDS = ("a", "red", "blue", "square", "circle", "moves", "left", "right", "slowly", "over", "the", "plain")
 PROMPTS = ["a red square moves left", "the blue circle"]
-GUIDANCE = 5.0
+GUIDANCE = 4.0
+"""HunyuanVideo's token of it, 4000, is a number of bfloat16."""
 SIZE = {"height": 32, "width": 48, "num_frames": 9}
 """Of a clip, in pixels; the U-Nets' clips have 4 frames."""
 

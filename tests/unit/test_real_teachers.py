@@ -10,6 +10,7 @@ from pipeline_cases import (
     build,
     cached,
     cogvideox_transformer,
+    hunyuan_transformer,
     latents_of,
     sampled,
     save,
@@ -19,11 +20,12 @@ from pipeline_cases import (
 
 from raydistill.artifacts import tree_digest
 from raydistill.consistency.solver import solve
+from raydistill.experts.plain_engine import cast_parameters
 from raydistill.models.codec import load_codec
 from raydistill.models.cogvideox import CogVideoXField
 from raydistill.models.folders import boundary_ratio, network_folders, teacher_digest
 from raydistill.models.guidance import guide_teacher, guide_teacher_by, has_own_guidance
-from raydistill.models.hunyuan import pack_text
+from raydistill.models.hunyuan import HunyuanField, pack_text
 from raydistill.models.pair import PairField
 from raydistill.models.prompts import PromptEncoder
 from raydistill.models.teacher import (
@@ -174,6 +176,28 @@ def test_guidance_that_is_embedded_is_detected(case):
     assert batches == [2 if kind == "hunyuan" else 4] * 3
     torch.testing.assert_close(each, torch.cat([one[:1], other[1:]]), **CLOSE)
     assert not torch.allclose(one, other)
+
+
+def test_weights_in_bfloat16_are_all_that_is_cast(case):
+    """As engines cast: positions and rotary tables stay, and the prediction is near that of float32."""
+    _, folder, encode = case
+    field = load_teacher(folder).requires_grad_(False)
+    x, text, t = latents_of(case[0]), encode(PROMPTS), torch.tensor([0.9, 0.3], dtype=torch.float64)
+    exact = field(x, t, text)
+    made = cast_parameters(field, torch.bfloat16)(x, t, text)
+    assert made.dtype == torch.float32
+    assert (made - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_token_of_embedded_guidance_is_the_published_models(dtype):
+    field = cast_parameters(HunyuanField(hunyuan_transformer()), dtype)
+    given = []
+    field.network.time_text_embed.register_forward_pre_hook(lambda _layer, args: given.append(args[2]))
+    text = pack_text(torch.randn(1, 4, 16), torch.randn(1, 8), torch.ones(1, 4, dtype=torch.bool))
+    field(latents_of("hunyuan", batch=1), torch.ones(1), text)
+    assert field.guidance == 6.0
+    assert [float(token) for token in given] == [6016.0]
 
 
 def test_a_pair_routes_as_wan22_does_and_each_expert_has_its_own(case):
