@@ -2,6 +2,7 @@
 
     python jobs/distill.py --config jobs/tiny/distill.yaml [key=value ...]
     python jobs/distill.py --config jobs/tiny/distill.yaml --analyse
+    python jobs/distill.py --config jobs/wan21_1_3b/dcm.yaml --plan
 
 Run the same command again and it goes on where it stopped.
 """
@@ -25,8 +26,10 @@ from raydistill.config.stages import StageConfig
 from raydistill.errors import DistillError, InvalidValue, MissingArtifact, StaleArtifact, disk_full_explained
 from raydistill.evaluation.analysis_plots import draw_analysis
 from raydistill.experts import checkpoint
+from raydistill.experts.advice import plan_lines, require_it_fits
 from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
+from raydistill.experts.planner import StagePlan, plan_stage
 from raydistill.experts.stages import build_segment, require_own_networks
 from raydistill.experts.tracking import require_installed
 from raydistill.experts.worker import SETTINGS, Run, load_result, settings_of, train
@@ -268,9 +271,31 @@ def analyse_teacher(config: DistillConfig, store: LatentStore) -> None:
     print(f"{picture}: proposed boundary={result['boundary']:.4g}, in use {config.boundary:.4g}")
 
 
+def say_plan(config: DistillConfig) -> None:
+    """Print what each stage takes; nothing is written, no weight is read. Raises DoesNotFit."""
+    latents, text = config.plan.latents, config.plan.text
+    if not latents:
+        with named("data", "makes of clips; or say their sizes with plan.latents and plan.text"):
+            row = LatentStore(config.data).row(0)
+        latents, text = row.latents.shape, row.text.shape
+    require_fit(config.teacher, latents, text)
+    require_own_networks(config)
+    plans = list[StagePlan]()
+    for name in config.stages:
+        build_segment(config, name)
+        require_frames(config, name, latents[1])
+        plans.append(plan_stage(config, name, latents, text))
+        print("\n".join(plan_lines(config, plans[-1])), flush=True)
+    for plan in plans:
+        require_it_fits(config, plan, latents, text)
+
+
 def main() -> None:
     """Check everything, then train the stages and export the student."""
     config, switches = from_command_line(DistillConfig, sys.argv[1:], switches=SWITCHES)
+    if "plan" in switches:
+        say_plan(config)
+        return
     stores = Stores.open(config)
     output, only_analyse = Path(config.output), "analyse" in switches
     digests = check(config, stores, analyse=only_analyse)

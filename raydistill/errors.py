@@ -14,6 +14,7 @@
   x DistillError        a run stopped itself
     + NonFiniteLoss     a loss term or a gradient norm is NaN or infinite
     + IncompatibleCheckpoint
+    + DoesNotFit        a plan asks for more memory than a device has
     + PlanMismatch      the feed delivered other samples than the plan says
   x SamplingError       a plan of jumps that no expert was trained for
   x TooFewFrames        a loss or measure needs more frames than it got
@@ -144,6 +145,25 @@ class NonFiniteLoss(DistillError):
         return (
             f"'{self.term}' is {self.value} at step {self.step}; the last checkpoint is intact. "
             "Lower the learning rate, raise huber_c, or look at the data of this step."
+        )
+
+
+@dataclass(eq=False)
+class DoesNotFit(DistillError):
+    """A plan asks for more memory than a device has."""
+
+    stage: str
+    needed_gib: float
+    usable_gib: float
+    changes: tuple[str, ...] = ()
+    """What to set, and how many GiB that alone would leave."""
+
+    def __str__(self):
+        """Say what is missing and what would help."""
+        tried = "; ".join(self.changes) or "no setting is left: take a smaller clip or a larger device"
+        return (
+            f"the {self.stage} stage needs {self.needed_gib:.1f} GiB of {self.usable_gib:.1f} usable on each "
+            f"device. Each alone, in GiB: {tried}"
         )
 
 

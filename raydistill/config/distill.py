@@ -5,11 +5,13 @@ from typing import Any, Literal
 
 from raydistill.config.checks import at_least, fraction, positive
 from raydistill.config.grid import GridConfig
+from raydistill.config.plan import PlanConfig
 from raydistill.config.stages import DetailConfig, MotionConfig, SemanticConfig, StageConfig
 from raydistill.errors import InvalidValue
 
 SWITCHES = {
-    "analyse": "draw loss, gradient and x0 change by noise level for this teacher, and propose a boundary"
+    "plan": "say what each stage takes: memory by role, passes, operations, hours, money; loads no weights",
+    "analyse": "draw loss, gradient and x0 change by noise level for this teacher, and propose a boundary",
 }
 
 
@@ -201,6 +203,8 @@ class DistillConfig:
     """ZeRO, precision, memory."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     """Workers."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """Of --plan alone."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Loggers."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -220,17 +220,15 @@ class TimeGrid:
             raise InvalidValue("last", self.last, f"in [0, {before_last:.6g}), below the node before it")
 
     @property
-    def times(self) -> Float[Tensor, " nodes"]:
-        """The N + 1 nodes, float64, decreasing from 1 to `last`."""
-        even = torch.arange(self.num_intervals, -1, -1, dtype=torch.float64) / self.num_intervals
-        times = shift(even, self.shift)
-        times[-1] = self.last
-        return times
+    def nodes(self) -> tuple[float, ...]:
+        """The N + 1 nodes, decreasing from 1 to `last`."""
+        count = self.num_intervals
+        return (*(shift(k / count, self.shift) for k in range(count, 0, -1)), float(self.last))
 
     @property
-    def nodes(self) -> tuple[float, ...]:
-        """The same as numbers."""
-        return tuple(float(t) for t in self.times)
+    def times(self) -> Float[Tensor, " nodes"]:
+        """The same as a tensor, float64."""
+        return torch.tensor(self.nodes, dtype=torch.float64)
 
     def interval(self, index: Int[Tensor, " b"]) -> tuple[Times, Times]:
         """Ends (t, r) of intervals 0 (at the noise) to N - 1 (at the data); r is one teacher step below t."""

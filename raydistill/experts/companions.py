@@ -1,8 +1,8 @@
 """Networks beside the student: the token critic, the image critic, the learned motion representation."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from raydistill.experts.detail import Judges, critic_losses, detail_look
 from raydistill.experts.engine import Engine, build_engine
 from raydistill.experts.motion import LearnedMotion
 from raydistill.experts.semantic import Look, Losses, Segment
-from raydistill.models.codec import load_codec
+from raydistill.models.codec import ClipCodec, FrameCodec, load_codec
 from raydistill.models.critic import TokenCritic
 from raydistill.models.frame_critic import FrameCritic
-from raydistill.models.frame_features import load_frame_features
+from raydistill.models.frame_features import FrameFeatures, load_frame_features
 from raydistill.models.motion_head import build_motion_head
 from raydistill.models.teacher import Teacher
 from raydistill.models.unet import UNetField
@@ -36,6 +36,8 @@ class Companion:
     engine: Engine | None = None
     slow: SlowCopy | None = None
     """Moving average of what the engine trains."""
+    frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Networks that it looks through and that no other role has, by name."""
 
 
 def build_companions(
@@ -45,8 +47,10 @@ def build_companions(
     teacher: Teacher,
     latents: Tensor,
     caption_means: tuple[Tensor, Tensor] | None,
+    *,
+    empty: bool = False,
 ) -> dict[str, Companion]:
-    """Build those whose terms have a weight in the stage's objective."""
+    """Build those whose terms have a weight in the stage's objective; `empty`: without loading weights."""
     stage = config.stage(name)
     objective, companions = stage.objective, dict[str, Companion]()
     if isinstance(stage, DetailConfig) and (objective.adversarial or objective.feature_matching):
@@ -56,7 +60,11 @@ def build_companions(
     if objective.appearance:
         if caption_means is None:
             raise InvalidValue("images", config.images, "an artifact of images for the image critic")
-        companions["image_critic"] = _image_critic(config, stage, segment.seed, caption_means, latents)
+        seen = load_frame_features(stage.appearance.features, weights=not empty)
+        codec = load_codec(config.codec, weights=not empty)
+        companions["image_critic"] = _image_critic(
+            config, stage, segment.seed, caption_means, (seen.to(latents.device), codec.to(latents.device))
+        )
     return companions
 
 
@@ -78,6 +86,8 @@ def _token_critic(
         raise InvalidValue(
             "detail.objective.adversarial", weight, "0 with a U-Net: it looks at a transformer"
         )
+    if config.engine.activation_checkpointing:
+        teacher.enable_checkpointing()  # gradients pass through it, to the student's guess
     blocks = range(0, teacher.num_blocks, stage.critic.stride)
     grid = teacher.token_grid(latents)
     if not stage.objective.adversarial:
@@ -109,15 +119,14 @@ def _image_critic(
     stage: StageConfig,
     seed: int,
     caption_means: tuple[Tensor, Tensor],
-    latents: Tensor,
+    through: tuple[FrameFeatures, FrameCodec | ClipCodec],
 ) -> Companion:
     """MCM's discriminator of frames."""
-    how, device = stage.appearance, latents.device
-    features = load_frame_features(how.features).to(device)
-    codec = load_codec(config.codec).to(device)
+    how, (features, codec) = stage.appearance, through
+    device = next(features.parameters()).device
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         critic = FrameCritic(features.widths, len(caption_means[0]), how.channels).to(device)
     engine = _engine(config, stage, critic, how.optimizer, exact=True)
     judge = FrameJudge(critic, codec, features, how, stage.objective.appearance, seed, caption_means)
-    return Companion(judge.look, judge.turn, engine)
+    return Companion(judge.look, judge.turn, engine, frozen={"frame features": features, "codec": codec})

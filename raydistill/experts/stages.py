@@ -137,6 +137,8 @@ class Given:
     """Mean pooled caption of clips and of images, for the image critic."""
     null_text: Tensor | None = None
     """The empty caption's embedding, (l, d); None: that of word vectors."""
+    empty: bool = False
+    """Companions have no weights either: for a plan."""
 
 
 def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
@@ -164,7 +166,9 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     by = guide_teacher_by(frozen, null)
     nets = Networks(student, slow, guide_teacher(frozen, null, lowest), by)
     segment = build_segment(config, name, given.schedule)
-    companions = build_companions(config, name, segment, frozen, given.latents, given.caption_means)
+    companions = build_companions(
+        config, name, segment, frozen, given.latents, given.caption_means, empty=given.empty
+    )
     return Stage(name, stage, nets, segment, engine, student, target, average, companions)
 
 

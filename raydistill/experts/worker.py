@@ -43,7 +43,19 @@ class Run:
 
 
 NOT_SHAPING = (
-    *("output", "data", "teacher", "codec", "images", "scale", "tracking", "sampling", "save_every", "keep"),
+    *(
+        "output",
+        "data",
+        "teacher",
+        "codec",
+        "images",
+        "scale",
+        "plan",
+        "tracking",
+        "sampling",
+        "save_every",
+        "keep",
+    ),
     *("report_every", "resume", "engine"),
 )
 """Fields that change no number of a stage, or that stand in its settings by their contents' digest."""

@@ -183,17 +183,21 @@ def _without_a_false_alarm() -> Generator[None, None, None]:
         logger.removeFilter(own)
 
 
-def load_codec(path: str | Path) -> FrameCodec | ClipCodec:
+def load_codec(path: str | Path, *, weights: bool = True) -> FrameCodec | ClipCodec:
     """Load a codec, safetensors only, frozen: an autoencoder's folder, a pipeline's, or a hub name.
 
-    Raises MissingArtifact when it is no codec, InvalidValue when its latents have no mean and deviation.
+    Without `weights` it is made of its config, for counting. Raises MissingArtifact when it is no codec,
+    InvalidValue when its latents have no mean and deviation.
     """
-    folder = part_folder(path, "vae")
+    folder = part_folder(path, "vae", weights=weights)
     kind, config = read_codec(folder)
     network = getattr(diffusers, kind)
     try:
         with _without_a_false_alarm():
-            autoencoder = network.from_pretrained(folder, use_safetensors=True)
+            how = network.load_config(folder) if not weights else None
+            autoencoder = (
+                network.from_config(how) if how else network.from_pretrained(folder, use_safetensors=True)
+            )
     except OSError as without:
         raise MissingArtifact(
             f"{folder} has no safetensors weights: convert them, pickled ones are never read ({without})"

@@ -18,11 +18,11 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 
 
-def located(name: str | Path, parts: Sequence[str] = ()) -> Path:
+def located(name: str | Path, parts: Sequence[str] = (), *, weights: bool = True) -> Path:
     """Return the folder of a model: `name` itself, or the hub's snapshot of it, only these parts of it.
 
-    The hub is asked where there is no such folder and the name is of the form 'owner/model'; with
-    HF_HUB_OFFLINE=1 only its cache is. Raises MissingArtifact.
+    Without `weights` nothing but configs is fetched. The hub is asked where there is no such folder and the
+    name is of the form 'owner/model'; with HF_HUB_OFFLINE=1 only its cache is. Raises MissingArtifact.
     """
     folder = Path(name)
     if folder.exists():
@@ -31,7 +31,8 @@ def located(name: str | Path, parts: Sequence[str] = ()) -> Path:
         raise MissingArtifact(f"no model at {folder.absolute()}: name its folder, or a pipeline of the hub")
     from huggingface_hub import snapshot_download  # only here: it costs half a second
 
-    wanted = ["*.json", *(f"{part}/*" for part in (*parts, "scheduler"))] if parts else None
+    wanted = ["*.json", *(f"{part}/*" for part in (*parts, "scheduler"))] if parts and weights else None
+    wanted = wanted if weights else ["*.json"]
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=list(PICKLES)))
     except Exception as failed:  # of many kinds: the network's, the hub's, its cache's
@@ -53,12 +54,13 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def network_folders(name: str | Path) -> tuple[Path, ...]:
+def network_folders(name: str | Path, *, weights: bool = False) -> tuple[Path, ...]:
     """Return the folders of a teacher's networks: one, or two where its pipeline has a pair.
 
-    Raises MissingArtifact for a pipeline without, and what `located` raises.
+    From the hub come their configs, and with `weights` all. Raises MissingArtifact for a pipeline without,
+    and what `located` raises.
     """
-    folder = located(name, NETWORKS)
+    folder = located(name, NETWORKS, weights=weights)
     if not (index := read_index(folder)):
         return (folder,)
     found = tuple(folder / part for part in NETWORKS if (folder / part / CONFIG).is_file())
@@ -71,7 +73,7 @@ def boundary_ratio(name: str | Path) -> float | None:
     """Time below which a pipeline's second network takes over, in (0, 1); None with one network."""
     if len(network_folders(name)) < 2:
         return None
-    folder = located(name, NETWORKS)
+    folder = located(name, NETWORKS, weights=False)
     ratio = read_index(folder).get("boundary_ratio")
     if not isinstance(ratio, float) or not 0.0 < ratio < 1.0:
         raise MissingArtifact(
@@ -81,9 +83,9 @@ def boundary_ratio(name: str | Path) -> float | None:
     return ratio
 
 
-def part_folder(name: str | Path, part: str) -> Path:
+def part_folder(name: str | Path, part: str, *, weights: bool = True) -> Path:
     """Return the folder of a pipeline's part, such as 'vae'; `name` itself if it is no pipeline."""
-    folder = located(name, (part,))
+    folder = located(name, (part,), weights=weights)
     if not (index := read_index(folder)):
         return folder
     if not (folder / part).is_dir():
@@ -93,7 +95,7 @@ def part_folder(name: str | Path, part: str) -> Path:
 
 def teacher_digest(name: str | Path) -> str:
     """Return what stands for a teacher's networks in fingerprints: their contents, not where they lie."""
-    found = [tree_digest(folder) for folder in network_folders(name)]
+    found = [tree_digest(folder) for folder in network_folders(name, weights=True)]
     return found[0] if len(found) == 1 else fingerprint([*found, boundary_ratio(name)])
 
 

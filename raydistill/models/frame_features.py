@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Dinov2Model
+from transformers import Dinov2Config, Dinov2Model
 
 from raydistill.errors import CorruptArtifact, MissingArtifact
 
@@ -101,11 +101,14 @@ class DinoFeatures(FrameFeatures):
         return [self.network.layernorm(hidden[k])[:, 1:] for k in self.after]
 
 
-def load_frame_features(path: str | Path) -> FrameFeatures:
-    """Load a feature net, safetensors only, frozen. Raises MissingArtifact, CorruptArtifact."""
+def load_frame_features(path: str | Path, *, weights: bool = True) -> FrameFeatures:
+    """Load a feature net, safetensors only, frozen; without `weights` it is made of its config, for counting.
+
+    Raises MissingArtifact, CorruptArtifact.
+    """
     folder = Path(path)
     if (folder / CARD).is_file():
-        return _load_own(folder).eval().requires_grad_(False)
+        return _load_own(folder, weights=weights).eval().requires_grad_(False)
     try:
         kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
@@ -115,7 +118,8 @@ def load_frame_features(path: str | Path) -> FrameFeatures:
             f"no feature net at {folder}: appearance.features names the folder of a DINOv2 of transformers "
             f"(config.json, model.safetensors), or of what jobs/pretrain.py part=features made; found {kind}"
         )
-    return DinoFeatures(_load_dino(folder)).eval().requires_grad_(False)
+    network = _load_dino(folder) if weights else Dinov2Model(Dinov2Config.from_pretrained(folder))
+    return DinoFeatures(network).eval().requires_grad_(False)
 
 
 def _load_dino(folder: Path) -> Dinov2Model:
@@ -133,11 +137,12 @@ def _load_dino(folder: Path) -> Dinov2Model:
     return network
 
 
-def _load_own(folder: Path) -> FrameNet:
+def _load_own(folder: Path, *, weights: bool) -> FrameNet:
     try:
         made: dict[str, Any] = json.loads((folder / CARD).read_bytes())
         net = FrameNet(made["heads"], tuple(made["widths"]))
-        net.load_state_dict(load_file(folder / WEIGHTS))
+        if weights:
+            net.load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError as gone:
         raise MissingArtifact(f"{folder} has no {WEIGHTS}: copy the feature net again") from gone
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as broken:

@@ -98,9 +98,9 @@ class HunyuanField(nn.Module):
     def forward(self, x_t: Latents, t: Times, text: Text, guidance: Times | None = None) -> Latents:
         """Predict the velocity in x_t's dtype; t in [0, 1] becomes the unrounded timestep 1000 t.
 
-        `guidance`: a scale of each sample's own, in place of `self.guidance`. Its token, 1000 w, is rounded to
-        bfloat16 whatever the weights are: the model was published and is run so, 6 is 6016, and a student must
-        meet the same token in training and afterwards.
+        `guidance`: a scale of each sample's own, in place of `self.guidance`. Its token, 1000 w, is rounded
+        to bfloat16 whatever the weights are: the model was published and is run so, 6 is 6016, and a student
+        must meet the same token in training and afterwards.
         """
         net = self.transformer
         dtype, device = net.x_embedder.proj.weight.dtype, x_t.device

@@ -65,7 +65,7 @@ def load_teacher(path: str | Path, expert: str | None = None, guidance_scale: fl
     `guidance_scale` is what networks with embedded guidance are given.
     Raises MissingArtifact; InvalidValue for a variant that is not known.
     """
-    folders = network_folders(path)
+    folders = network_folders(path, weights=True)
     folder = folders[-1] if expert == "detail" else folders[0]
     network, field = KINDS[_kind(folder)]
     try:
@@ -75,6 +75,19 @@ def load_teacher(path: str | Path, expert: str | None = None, guidance_scale: fl
             f"{folder} has no safetensors weights: convert them, pickled ones are never read ({without})"
         ) from without
     teacher = field(loaded).eval()
+    if guidance_scale is not None and isinstance(teacher, HunyuanField):
+        teacher.guidance = guidance_scale
+    return teacher
+
+
+def empty_teacher(
+    path: str | Path, expert: str | None = None, guidance_scale: float | None = None
+) -> Teacher:
+    """Make a network of its config alone, see `load_teacher`: for counting, under fake tensors."""
+    folders = network_folders(path)
+    folder = folders[-1] if expert == "detail" else folders[0]
+    network, field = KINDS[_kind(folder)]
+    teacher = field(network.from_config(network.load_config(folder))).eval()
     if guidance_scale is not None and isinstance(teacher, HunyuanField):
         teacher.guidance = guidance_scale
     return teacher

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(path for path in ROOT.glob("*/README.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 JOBS = {"prepare": "PrepareConfig", "distill": "DistillConfig", "evaluate": "EvaluateConfig"}
-SWITCHES = {"analyse": "", "update-readme": ""}
+SWITCHES = {"analyse": "", "plan": "", "update-readme": ""}
 
 
 def fences(language: str) -> list[str]:

@@ -1,0 +1,89 @@
+"""A plan in words: tables for people, and what to change where it does not fit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from raydistill.config.distill import DistillConfig
+from raydistill.errors import DoesNotFit, InvalidValue
+from raydistill.experts.planner import GIB, StagePlan, plan_stage
+
+
+def plan_lines(config: DistillConfig, plan: StagePlan) -> Iterator[str]:
+    """A stage's plan as lines of text."""
+    ask = config.plan
+    yield f"{plan.name}, each of {plan.workers} workers, GiB:"
+    head = ("role", "params M", "trained M", "weights", "gradients", "optimizer", "averages", "total")
+    yield "  " + "".join(f"{title:>15}" if i == 0 else f"{title:>11}" for i, title in enumerate(head))
+    for role in plan.roles:
+        bytes_ = (role.weights, role.gradients, role.optimizer, role.averages, role.device)
+        numbers = [role.parameters / 1e6, role.trained / 1e6, *(b / GIB for b in bytes_)]
+        yield f"  {role.name:>15}" + "".join(f"{value:>11,.2f}" for value in numbers)
+    clip = f"{plan.tokens:,} tokens a clip" if plan.tokens else "a U-Net"
+    size = config.stage(plan.name).micro_batch
+    yield f"  {'activations':>15}{plan.activations / GIB:>76.2f}   ({clip}, {size} at once)"
+    yield f"  {'all':>15}{plan.device / GIB:>76.2f}   of {usable(config) / GIB:.1f} usable"
+    if plan.host:
+        yield f"  {'in host memory':>15}{plan.host / GIB:>76.2f}"
+    passes = ", ".join(f"{count:g} {role}" for role, count in plan.passes.items())
+    yield f"  passes a sample: {passes}; {plan.flops / 1e12:,.1f} TFLOP with backward"
+    hours = plan.hours(ask.tflops)
+    steps = config.stage(plan.name).num_steps
+    seconds = hours * 3600 / plan.workers / steps
+    yield (
+        f"  {steps} steps: {seconds:,.1f} s each at {ask.tflops:g} TFLOP/s a device, "
+        f"{hours:,.1f} device-hours, {hours * ask.price_per_hour:,.0f} at {ask.price_per_hour:g} an hour"
+    )
+
+
+def usable(config: DistillConfig) -> float:
+    """Bytes of a device that a plan may fill."""
+    return config.plan.memory_gib * GIB * (1 - config.plan.reserve)
+
+
+def changes(config: DistillConfig, name: str) -> Iterator[tuple[str, DistillConfig]]:
+    """Settings that take less memory, each by itself, the cheapest in time first."""
+    stage = config.stage(name)
+    for key, value in engine_changes(config):
+        yield f"engine.{key}={value}", replace(config, engine=replace(config.engine, **{key: value}))
+    if stage.micro_batch > 1:
+        yield f"{name}.micro_batch=1", replace(config, **{name: replace(stage, micro_batch=1)})
+    if name == "semantic" and not config.semantic.lora_rank:
+        lora = replace(config.semantic, lora_rank=64)
+        yield "semantic.lora_rank=64", replace(config, semantic=lora)
+    workers = 2 * config.scale.num_workers
+    if config.engine.zero_stage:
+        try:
+            more = replace(config, scale=replace(config.scale, num_workers=workers))
+        except InvalidValue:  # the batch does not divide
+            return
+        yield f"scale.num_workers={workers}", more
+
+
+def engine_changes(config: DistillConfig) -> Iterator[tuple[str, Any]]:
+    """Fields of the engine that take less memory with other values."""
+    engine = config.engine
+    sharded = engine.backend == "deepspeed" and engine.zero_stage > 0
+    if not engine.activation_checkpointing:
+        yield "activation_checkpointing", True
+    if engine.precision == "fp32" and sharded:
+        yield "precision", "bf16"
+    if sharded and engine.zero_stage < 3 and config.scale.num_workers > 1:
+        yield "zero_stage", 3
+    if sharded and not engine.offload_optimizer:
+        yield "offload_optimizer", True
+
+
+def require_it_fits(
+    config: DistillConfig, plan: StagePlan, latents: Sequence[int], text: Sequence[int]
+) -> None:
+    """Raise DoesNotFit, naming what each change alone would bring, unless the plan fits into a device."""
+    room = usable(config)
+    if plan.device <= room:
+        return
+    found = list[tuple[str, int]]()
+    for change, changed in changes(config, plan.name):
+        found.append((change, plan_stage(changed, plan.name, latents, text).device))
+    found = [(change, size) for change, size in found if size < plan.device]  # averages grow at ZeRO 3
+    said = [f"{change}: {size / GIB:.1f}{' fits' if size <= room else ''}" for change, size in found]
+    raise DoesNotFit(plan.name, plan.device / GIB, room / GIB, tuple(said))

@@ -1,0 +1,278 @@
+"""What a run will take, found without weights: memory by role, passes, operations, hours, money.
+
+Networks are made of their configs alone, on torch's meta device, where tensors have shapes and no data, and
+one micro-batch goes through the very code that trains: so activations are counted, not estimated, for any
+architecture and setting.
+What engines add is reckoned, from DeepSpeed's own bookkeeping:
+
+* weights in the engine's precision, divided over workers at ZeRO 3;
+* gradients: divided at ZeRO 2 and 3, in float32 where a bfloat16 engine adds up over them;
+* float32 masters and AdamW's two moments, divided at ZeRO 1 and above, in host memory where offloaded;
+* targets and averages, whole and in float32 on every worker; communication buckets.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydistill.config.distill import DistillConfig, EngineConfig, MixConfig
+from raydistill.experts.counting import CountedOperations, LiveBytes, memory_efficient_attention
+from raydistill.experts.loop import draw
+from raydistill.experts.stages import Given, Stage, build_stage, build_student
+from raydistill.models.folders import boundary_ratio
+from raydistill.models.teacher import Teacher, empty_teacher, load_schedule
+from raydistill.models.unet import UNetField
+from raydistill.types import Batch, Images
+
+GIB = 2**30
+BUCKET = 100_000_000
+"""Most elements that `engine.deepspeed_config` lets DeepSpeed reduce at once."""
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """One network on one worker; bytes."""
+
+    name: str
+    parameters: int
+    """In it, those that it shares with a role above included."""
+    trained: int
+    weights: int = 0
+    """Not those that it shares."""
+    gradients: int = 0
+    optimizer: int = 0
+    averages: int = 0
+    host: int = 0
+    """In the machine's memory, not the device's."""
+
+    @property
+    def device(self) -> int:
+        """All of it that is on the device."""
+        return self.weights + self.gradients + self.optimizer + self.averages
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage takes."""
+
+    name: str
+    roles: tuple[RoleMemory, ...]
+    activations: int
+    """Bytes, at the moment when most are held."""
+    tokens: int
+    """Of one clip, as the network sees it; 0 for a U-Net."""
+    passes: dict[str, float]
+    """Forward passes of each network for one sample of one step; a guided pass in one batch counts as 2."""
+    flops: float
+    """Of one sample, everything included."""
+    samples: int
+    """Of all steps."""
+    workers: int
+
+    @property
+    def device(self) -> int:
+        """Bytes on a worker's device at the worst moment."""
+        return sum(role.device for role in self.roles) + self.activations
+
+    @property
+    def host(self) -> int:
+        """Bytes in a machine's memory for one worker."""
+        return sum(role.host for role in self.roles)
+
+    def hours(self, tflops: float) -> float:
+        """Hours of all workers together, at this rate of each."""
+        return self.flops * self.samples / (tflops * 1e12) / 3600
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one micro-batch."""
+
+    held: int
+    """Bytes at the peak, gradients of parameters left out."""
+    passes: dict[str, float]
+    """Forward passes of each network for one sample."""
+    flops: float
+    """Of one sample."""
+
+
+def plan_stage(
+    config: DistillConfig,
+    name: str,
+    latents: Sequence[int],
+    text: Sequence[int],
+) -> StagePlan:
+    """Plan one stage for clips of these latents (c, f, h, w) and captions (l, d); raises as building does."""
+    make = partial(torch.zeros, device="meta")
+    with torch.device("meta"):
+        teacher = empty_teacher(config.teacher, name, config.guidance_scale)
+        semantic = _semantic(config, teacher) if name == "detail" else None
+    given = Given(
+        teacher,
+        make(1, *latents),
+        make(1, *text),
+        semantic,
+        load_schedule(config.teacher),
+        caption_means=(make(text[-1]), make(text[-1])),
+        empty=True,
+    )
+    with torch.device("meta"):
+        stage = build_stage(_alone(config), name, given)
+    roles, batch = tuple(_roles(config, stage, teacher)), _batch(config, name, latents, text)
+    found = _measured(config, stage, teacher, batch)
+    grid = (0,) if isinstance(teacher, UNetField) else teacher.token_grid(given.latents)
+    samples = stage.config.num_steps * stage.config.global_batch
+    return StagePlan(
+        name,
+        roles,
+        found.held,
+        math.prod(grid),
+        found.passes,
+        found.flops,
+        samples,
+        config.scale.num_workers,
+    )
+
+
+def _alone(config: DistillConfig) -> DistillConfig:
+    """Settings of a step in this process: no engine that shards, every sample a video's."""
+    return replace(
+        config,
+        mix=MixConfig(),
+        engine=replace(config.engine, backend="torch", offload_optimizer=False),
+        scale=replace(config.scale, num_workers=1),
+    )
+
+
+def _semantic(config: DistillConfig, teacher: Teacher) -> Teacher:
+    """Build the finished semantic expert, as `worker.load_semantic` does."""
+    if boundary_ratio(config.teacher) is not None:
+        teacher = empty_teacher(config.teacher, "semantic")
+    return build_student(config, teacher, None).requires_grad_(False).eval()
+
+
+def _batch(config: DistillConfig, name: str, latents: Sequence[int], text: Sequence[int]) -> Batch:
+    """One micro-batch of nothing."""
+    stage = config.stage(name)
+    size, images, make = stage.micro_batch, None, partial(torch.zeros, device="meta")
+    if stage.objective.appearance:
+        count = stage.appearance.images_per_step // (
+            config.scale.num_workers * stage.accumulation(config.scale.num_workers)
+        )
+        single = (latents[0], 1, *latents[2:])
+        images = Images(torch.arange(count), make(count, *single), make(count, *text))
+    return Batch(torch.arange(size), make(size, *latents), make(size, *text), images=images)
+
+
+def _measured(config: DistillConfig, stage: Stage, teacher: nn.Module, batch: Batch) -> _Measured:
+    """Run a micro-batch and see."""
+    passes: dict[str, float] = {}
+
+    def seen(role: str, _net: nn.Module, args: tuple[Any, ...]) -> None:
+        passes[role] = passes.get(role, 0) + len(args[0]) / len(batch.index)
+
+    nets = {"teacher": teacher, "student": stage.student}
+    if stage.target is not None and stage.target.net is not None:
+        nets["target"] = stage.target.net
+    hooks = [net.register_forward_pre_hook(partial(seen, role)) for role, net in nets.items()]
+    with memory_efficient_attention(), LiveBytes() as live, CountedOperations() as counted:
+        _one_micro_batch(stage, batch, partial(_leave_out, live))
+    for hook in hooks:
+        hook.remove()
+    flops = counted.total / len(batch.index)
+    if simulated := 1 - config.mix.real_share - config.mix.recorded_share:
+        with memory_efficient_attention(), CountedOperations() as counted, torch.no_grad():
+            stage.student(batch.latents, torch.ones(len(batch.index)), batch.text)
+        flops += simulated * counted.total / len(batch.index)
+        passes["target" if "target" in nets else "student"] += simulated
+    passes["teacher"] *= 1 - config.mix.recorded_share
+    return _Measured(live.peak, passes, flops)
+
+
+def _one_micro_batch(stage: Stage, batch: Batch, on_gradient: Callable[[Tensor], None] | None = None) -> None:
+    """Forward and backward of everything that trains; gradients go as they come."""
+
+    def drop(parameter: Tensor) -> None:
+        if on_gradient is not None:
+            on_gradient(parameter)
+        parameter.grad = None
+
+    trained = [p for engine in stage.engines().values() for p in engine.trainable_parameters.values()]
+    hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
+    losses, kept = draw(stage, batch)
+    losses.total.backward()
+    for name, companion in stage.companions.items():
+        if companion.turn is not None:
+            companion.turn(kept[name]).total.backward()
+    for hook in hooks:
+        hook.remove()
+
+
+def _leave_out(live: LiveBytes, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        live.leave_out(parameter.grad)
+
+
+def _roles(config: DistillConfig, stage: Stage, teacher: nn.Module) -> Iterator[RoleMemory]:
+    """Every network that a worker holds, the largest first to claim what is shared."""
+    seen: set[int] = set()
+    engine, exact = config.engine, replace(config.engine, precision="fp32")
+    workers = config.scale.num_workers
+    student = _trained("student", stage.student, engine, workers, seen)
+    copies = [slow for slow in (stage.target, stage.average) if slow is not None]
+    averages = sum(_bytes(slow.weights.values(), seen, 4) for slow in copies)
+    yield replace(student, averages=averages)
+    if stage.target is not None and stage.target.net is not None:
+        yield _frozen("target", stage.target.net, seen)
+    yield _frozen("teacher", teacher, seen)
+    for name, companion in stage.companions.items():
+        if companion.engine is not None:
+            how = engine if name == "critic" else exact
+            made = _trained(name.replace("_", " "), companion.engine.module, how, workers, seen)
+            slow = companion.slow.weights.values() if companion.slow is not None else ()
+            yield replace(made, averages=_bytes(slow, seen, 4))
+        for title, net in companion.frozen.items():
+            yield _frozen(title, net, seen)
+
+
+def _bytes(tensors: Any, seen: set[int], size: int | None = None) -> int:
+    """Bytes of the tensors that no role has yet, at `size` bytes a number or their own."""
+    total = 0
+    for x in tensors:
+        if id(x) not in seen:
+            seen.add(id(x))
+            total += x.numel() * (size or x.element_size())
+    return total
+
+
+def _frozen(name: str, net: nn.Module, seen: set[int]) -> RoleMemory:
+    count = sum(p.numel() for p in net.parameters())
+    weights = _bytes((*net.parameters(), *net.buffers()), seen)
+    return RoleMemory(name, count, 0, weights=weights)
+
+
+def _trained(name: str, net: nn.Module, how: EngineConfig, workers: int, seen: set[int]) -> RoleMemory:
+    """What an engine holds of a network."""
+    size, stage = 2 if how.precision == "bf16" else 4, how.zero_stage
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in net.parameters())
+    weights = _bytes(net.parameters(), seen, size)
+    buffers = _bytes(net.buffers(), seen)
+    if how.backend == "torch":
+        masters = 4 * trained if size == 2 else 0
+        return RoleMemory(name, count, trained, weights + buffers, size * trained, 8 * trained + masters)
+    share = workers if stage >= 1 else 1
+    masters = 4 * trained // share if stage >= 1 else 0
+    optimizer = masters + 8 * trained // share
+    bucket = min(-(-trained // 4096) * 4096, BUCKET) * size if stage >= 2 else 0
+    gradients = 4 * trained // (workers if stage >= 2 else 1) + bucket
+    weights = weights // workers if stage == 3 else weights
+    offloaded = optimizer if how.offload_optimizer else 0
+    return RoleMemory(
+        name, count, trained, weights + buffers, gradients, optimizer - offloaded, host=offloaded
+    )
