@@ -27,7 +27,7 @@ from raydistill.models.lora import load_lora, merge, save_lora
 from raydistill.models.pair import PairField
 from raydistill.models.protocols import VelocityField
 from raydistill.models.teacher import Teacher, load_teacher, load_whole_teacher, schedule_from_dict
-from raydistill.models.text import NULL, load_null, null_text, save_null
+from raydistill.models.text import NULL, WORD_VECTORS, load_null, null_text, save_null
 from raydistill.sampler import SamplingPlan
 
 VERSION = 1
@@ -63,6 +63,14 @@ class Card:
     def first_lora(self) -> tuple[int, float] | None:
         """Rank and alpha of a first expert that is a LoRA. Raises StaleArtifact if they are lost."""
         return _lora(self) if self.kind == "motion" else self.semantic_lora
+
+    def require_word_vectors(self) -> None:
+        """Raise StaleArtifact if captions are embedded by a real teacher's text encoder."""
+        if (encoder := self.sources.get("text", WORD_VECTORS)) != WORD_VECTORS:
+            raise StaleArtifact(
+                f"this student's captions are those of a {encoder}: bundles and evaluations know the small "
+                "world's word vectors alone"
+            )
 
 
 @dataclass(frozen=True)

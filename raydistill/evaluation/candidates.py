@@ -214,6 +214,7 @@ def _own_teacher(config: EvaluateConfig, folder: str, guides: Sequence[_Guide]) 
     Refuses to compare it with anything but the path that it was distilled from.
     """
     card, _ = read_card(FilePath(folder))
+    card.require_word_vectors()
     asked = card.sources.get("teacher")
     teacher = next((one for one in guides if asked in (None, one.identity["teacher"])), None)
     if teacher is None:

@@ -3,6 +3,7 @@
 Networks are made of their configs alone, on torch's meta device, where tensors have shapes and no data, and
 one micro-batch goes through the very code that trains: so activations are counted, not estimated, for any
 architecture and setting.
+
 What engines add is reckoned, from DeepSpeed's own bookkeeping:
 
 * weights in the engine's precision, divided over workers at ZeRO 3;
@@ -190,7 +191,11 @@ def _measured(config: DistillConfig, stage: Stage, teacher: nn.Module, batch: Ba
             stage.student(batch.latents, torch.ones(len(batch.index)), batch.text)
         flops += simulated * counted.total / len(batch.index)
         passes["target" if "target" in nets else "student"] += simulated
-    passes["teacher"] *= 1 - config.mix.recorded_share
+    if recorded := config.mix.recorded_share:
+        with memory_efficient_attention(), CountedOperations() as counted, torch.no_grad():
+            teacher(batch.latents, torch.ones(len(batch.index)), batch.text)
+        flops -= recorded * passes["teacher"] * counted.total / len(batch.index)
+        passes["teacher"] *= 1 - recorded
     return _Measured(live.peak, passes, flops)
 
 
@@ -244,8 +249,9 @@ def _bytes(tensors: Any, seen: set[int], size: int | None = None) -> int:
     """Bytes of the tensors that no role has yet, at `size` bytes a number or their own."""
     total = 0
     for x in tensors:
-        if id(x) not in seen:
-            seen.add(id(x))
+        storage = x.untyped_storage()._cdata  # two tensors may be one memory
+        if storage not in seen:
+            seen.add(storage)
             total += x.numel() * (size or x.element_size())
     return total
 

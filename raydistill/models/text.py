@@ -71,14 +71,18 @@ def load_null(folder: Path) -> Float[Tensor, "l d"]:
         raise CorruptArtifact(f"{path} holds no embedding: {broken}") from broken
 
 
+def encoder_of(store: LatentStore) -> str:
+    """Return what embedded the captions of prepared latents: word vectors, or the class of a pipeline."""
+    return store.manifest.identity.get("models", {}).get("text", {}).get("kind", WORD_VECTORS)
+
+
 def null_of(store: LatentStore) -> Float[Tensor, "l d"]:
     """Return the empty caption's embedding by the encoder of prepared latents, float32.
 
     Raises MissingArtifact, and CorruptArtifact for one of another shape than the captions.
     """
     text = torch.from_numpy(store.row(0).text.copy())
-    made_by = store.manifest.identity.get("models", {}).get("text", {}).get("kind", WORD_VECTORS)
-    null = null_text(text[None]) if made_by == WORD_VECTORS else load_null(store.folder)
+    null = null_text(text[None]) if encoder_of(store) == WORD_VECTORS else load_null(store.folder)
     if null.shape != text.shape:
         raise CorruptArtifact(f"{store.folder / NULL} is of shape {tuple(null.shape)}, captions {text.shape}")
     return null

@@ -90,12 +90,13 @@ def export_bundle(
     """
     require_name(name)
     stored, all_plans = read_card(Path(student))
+    stored.require_word_vectors()
     all_plans |= {f"{TEACHER}{steps}": teacher_plan(steps, stored.grid) for steps in teacher_steps}
     plans = _kept(stored, all_plans, teacher)
     loaded, decoder = load_student(student, teacher), load_codec(codec)
     loaded.require_codec(codec)
     parts = {STUDENT: Path(student), CODEC: Path(codec)}
-    if teacher and (stored.kind == "motion" or any(_needs_teacher(plan) for plan in plans.values())):
+    if teacher and (stored.first_lora or any(_needs_teacher(plan) for plan in plans.values())):
         parts[TEACHER] = Path(teacher)
     files = {part: tree_files(folder) for part, folder in parts.items()}
     sources = {**stored.sources, "student": tree_digest(student)}
@@ -176,8 +177,8 @@ def _kept(
     """Plans that can run. Raises MissingValue if there are none without a teacher."""
     if teacher:
         return dict(plans)
-    if card.kind == "motion":
-        raise MissingValue("teacher", "a motion student is a LoRA on its teacher: name the teacher's folder")
+    if card.first_lora:
+        raise MissingValue("teacher", "this student is a LoRA on its teacher: name the teacher's folder")
     kept = {name: plan for name, plan in plans.items() if not _needs_teacher(plan)}
     if not kept:
         raise MissingValue("teacher", "every plan of this student needs it: name the teacher's folder")
@@ -219,7 +220,7 @@ def _shapes(
     """Size of the training, then the sizes asked for. Raises InvalidValue for one that does not fit."""
     channels, f, h, w = card.latent_shape
     first = ShapeCard(frames=codec.num_frames(f), height=DOWN * h, width=DOWN * w, latent=(channels, f, h, w))
-    network = parts[TEACHER] if card.kind == "motion" else parts[STUDENT] / "semantic"
+    network = parts[TEACHER] if card.first_lora else parts[STUDENT] / "semantic"
     more = [_shape(size, card, codec, network) for size in sizes]
     return tuple(dict.fromkeys([first, *more]))
 

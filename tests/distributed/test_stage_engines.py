@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
-from raydistill.config.stages import DetailConfig, OptimizerConfig, SemanticConfig, StageConfig
+from raydistill.config.stages import DetailConfig, OptimizerConfig, SemanticConfig
 from raydistill.errors import DistillError
 from raydistill.experts.engine import load_deepspeed
 from raydistill.experts.loop import distill
@@ -44,7 +44,7 @@ def _batches():
 
 
 def _built(name, engine, num_steps=3, semantic=None):
-    sizes = {"semantic": StageConfig, "detail": DetailConfig}[name](**SIZES, num_steps=num_steps)
+    sizes = {"semantic": SemanticConfig, "detail": DetailConfig}[name](**SIZES, num_steps=num_steps)
     config = replace(CONFIG, engine=engine, **{name: sizes})
     semantic = (semantic or _teacher()) if name == "detail" else None
     empty = torch.zeros(1, *LATENTS), torch.zeros(1, *TEXT)

@@ -74,6 +74,8 @@ def settings(folder, kind, method, name):
     if kind in UNETS:
         common |= {"detail.objective.adversarial": 0, "detail.objective.feature_matching": 0}
         common |= {"engine.activation_checkpointing": "false"}
+    if kind == "cogvideox":  # both experts over one base
+        common |= {"semantic.lora_rank": 2, "semantic.lora_alpha": 4}
     if kind == "wan22":  # its networks meet at 0.875; of shift 17 the node below is
         common |= {"boundary": 0.868613139, "experts": "dual_full"}
     return arguments(DCM[kind], common)

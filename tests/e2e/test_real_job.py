@@ -13,6 +13,7 @@ from shared_memory import left_since, shared_memory
 from raydistill.artifacts import LatentStore
 from raydistill.errors import InvalidValue
 from raydistill.flow import connect
+from raydistill.models.text import encoder_of
 from raydistill.sampler import keyed_noise, sample
 from raydistill.student import load_student
 
@@ -79,6 +80,8 @@ def test_dcm_runs_and_is_taken_up_between_its_stages(made, monkeypatch):
     assert judged == (kind not in UNETS)
     student = require_sampler(folder, run, "2+tail")
     assert set(student.fields) == {"semantic", "detail", "teacher"}
+    assert student.card.sources["text"] == encoder_of(LatentStore(folder / "clips"))
+    assert student.card.sources["text"].endswith("Pipeline")
 
 
 def test_mcm_runs_and_is_taken_up_within_its_stage(made):

@@ -153,7 +153,7 @@ def test_zero_divides_and_averages_do_not(tmp_path):
         assert role.weights == weights * trained + tables
         assert role.gradients == gradients * trained + (bucket if stage > 1 else 0)
         assert role.optimizer == optimizer * trained
-        assert role.averages == 8 * trained
+        assert role.averages == 8 * trained  # target and average
     offloaded = student(2, 2, offload_optimizer=True)
     assert (offloaded.optimizer, offloaded.host) == (0, 6 * trained)
     assert student(2, 2, precision="bf16").weights == 2 * trained + tables
