@@ -48,6 +48,7 @@ from raydistill.evaluation.candidates import build_lineup
 from raydistill.evaluation.measures import BY_NAME
 from raydistill.evaluation.report import PICTURES, publish_pictures
 from raydistill.evaluation.studies import decide
+from raydistill.models.folders import codec_digest, teacher_digest
 from raydistill.models.text import WordVectors
 from raydistill.student import CARD
 from raydistill.trajectories.store import TrajectoryStore
@@ -127,7 +128,7 @@ def is_trained(config: AblateConfig, variant: str, seed: int) -> bool:
 
 def sources_of(asked: DistillConfig) -> dict[str, str]:
     """Digests of what a training reads."""
-    found = {name: tree_digest(getattr(asked, name)) for name in ("teacher", "codec")}
+    found = {"teacher": teacher_digest(asked.teacher), "codec": codec_digest(asked.codec)}
     found["latents"] = LatentStore(asked.data).fingerprint
     if asked.images:
         found["images"] = LatentStore(asked.images).fingerprint

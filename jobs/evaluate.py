@@ -30,6 +30,7 @@ from raydistill.evaluation.measures import Asked
 from raydistill.evaluation.report import publish_pictures, update_readme
 from raydistill.evaluation.run import Setting
 from raydistill.models.codec import load_codec
+from raydistill.models.folders import codec_digest
 from raydistill.models.judge import Judge, load_judge
 from raydistill.models.text import WordVectors
 from raydistill.world import degrade, sprites
@@ -86,7 +87,7 @@ def make_setting(config: EvaluateConfig) -> Setting:
         batch_size=config.batch_size,
         sign=Sign(degrade.GLYPH, *degrade.watermark_box(sprites.SIZE, sprites.SIZE), degrade.OPACITY),
         identity={
-            "codec": tree_digest(config.codec),
+            "codec": codec_digest(config.codec),
             "judge": digest,
             "world": tree_digest(sprites.__file__),
             "sign": tree_digest(degrade.__file__),

@@ -159,7 +159,8 @@ class DistillConfig:
 
     teacher: str = "raydistill/world/weights/teacher"
     """The frozen many-step model: a folder of diffusers' network or pipeline, or a pipeline's name on the
-    hub. Of Wan2.2's two networks each expert is distilled from its own. Embedded guidance is detected."""
+    hub. Of Wan2.2's two networks each expert is distilled from its own (experts=dual_full). Embedded
+    guidance is detected."""
     codec: str = "raydistill/world/weights/codec"
     """Codec that made the latents, a folder of the codec or its pipeline, or a name on the hub; its
     fingerprint is compared with theirs."""

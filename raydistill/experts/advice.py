@@ -1,7 +1,9 @@
 """A plan in words: tables for people, and what to change where it does not fit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from raydistill.config.distill import DistillConfig
@@ -41,23 +43,23 @@ def usable(config: DistillConfig) -> float:
     return config.plan.memory_gib * GIB * (1 - config.plan.reserve)
 
 
-def changes(config: DistillConfig, name: str) -> Iterator[tuple[str, DistillConfig]]:
-    """Settings that take less memory, each by itself, the cheapest in time first."""
-    stage = config.stage(name)
+Change = tuple[str, Callable[[], DistillConfig]]
+
+
+def changes(config: DistillConfig, name: str) -> Iterator[Change]:
+    """Settings that take less memory, each by itself, the cheapest in time first; some may be refused."""
+    stage, engine = config.stage(name), config.engine
     for key, value in engine_changes(config):
-        yield f"engine.{key}={value}", replace(config, engine=replace(config.engine, **{key: value}))
+        other = partial(replace, engine, **{key: value})
+        yield f"engine.{key}={value}", lambda other=other: replace(config, engine=other())
     if stage.micro_batch > 1:
-        yield f"{name}.micro_batch=1", replace(config, **{name: replace(stage, micro_batch=1)})
+        yield f"{name}.micro_batch=1", lambda: replace(config, **{name: replace(stage, micro_batch=1)})
     if name == "semantic" and not config.semantic.lora_rank:
         lora = replace(config.semantic, lora_rank=64)
-        yield "semantic.lora_rank=64", replace(config, semantic=lora)
-    workers = 2 * config.scale.num_workers
-    if config.engine.zero_stage:
-        try:
-            more = replace(config, scale=replace(config.scale, num_workers=workers))
-        except InvalidValue:  # the batch does not divide
-            return
-        yield f"scale.num_workers={workers}", more
+        yield "semantic.lora_rank=64", lambda: replace(config, semantic=lora)
+    if engine.zero_stage:
+        scale = replace(config.scale, num_workers=2 * config.scale.num_workers)
+        yield f"scale.num_workers={scale.num_workers}", lambda: replace(config, scale=scale)
 
 
 def engine_changes(config: DistillConfig) -> Iterator[tuple[str, Any]]:
@@ -82,8 +84,9 @@ def require_it_fits(
     if plan.device <= room:
         return
     found = list[tuple[str, int]]()
-    for change, changed in changes(config, plan.name):
-        found.append((change, plan_stage(changed, plan.name, latents, text).device))
+    for change, make in changes(config, plan.name):
+        with suppress(InvalidValue):  # batches that do not divide, networks that cannot be checkpointed
+            found.append((change, plan_stage(make(), plan.name, latents, text).device))
     found = [(change, size) for change, size in found if size < plan.device]  # averages grow at ZeRO 3
     said = [f"{change}: {size / GIB:.1f}{' fits' if size <= room else ''}" for change, size in found]
     raise DoesNotFit(plan.name, plan.device / GIB, room / GIB, tuple(said))

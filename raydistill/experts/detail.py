@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from raydistill.config.stages import ObjectiveConfig
 from raydistill.consistency.losses import feature_matching, hinge_critic, hinge_generator
-from raydistill.consistency.schedule import diffuse, renoise
+from raydistill.consistency.schedule import RECTIFIED_FLOW, diffuse, renoise
 from raydistill.experts.semantic import (
     Jumped,
     Look,
@@ -52,13 +52,17 @@ def renoised_pair(
 
     Against data the student's sample is noised with the exact variance: DCM's straight line has up to 5 % too
     little where the grid ends before clean data, which the critic would see instead of the video. Against the
-    target both take the straight line, as published.
+    target both take the straight line, as published; a variance-preserving path has none, and takes the
+    exact variance.
     """
     _, a, s = segment.times(batch.index, "adversarial time")
     noise = segment.noise(batch.index, leaf, "adversarial noise")
     if real == "data":
         fake = diffuse(leaf, noise, a, s, segment.schedule)
         return fake, segment.schedule.add_noise(batch.latents, noise, a), a
+    if segment.schedule != RECTIFIED_FLOW:
+        fake, goal = (diffuse(x, noise, a, s, segment.schedule) for x in (leaf, pair.goal))
+        return fake, goal, a
     return renoise(leaf, noise, a, s), renoise(pair.goal, noise, a, s), a
 
 

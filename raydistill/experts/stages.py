@@ -105,8 +105,8 @@ def require_own_networks(config: DistillConfig) -> None:
     second one owns. A critic that looks at hidden maps needs a transformer. Raises InvalidValue.
     """
     if (ratio := boundary_ratio(config.teacher)) is not None:
-        if not config.is_dual:
-            raise InvalidValue("experts", config.experts, "dual or dual_full: this teacher has two networks")
+        if config.experts != "dual_full":
+            raise InvalidValue("experts", config.experts, "dual_full: this teacher has two networks")
         grid = TimeGrid(config.grid.num_intervals, shift=config.grid.shift, last=config.grid.last)
         below = max(t for t in grid.nodes if t < ratio)
         if abs(config.boundary - below) > SAME_TIME:

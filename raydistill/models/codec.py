@@ -99,7 +99,7 @@ class ClipCodec(nn.Module):
         return (self.autoencoder.encode(frames, return_dict=False)[0].mode() - self.mean) / self.deviation
 
     def decode(self, latents: Latents) -> Tensor:
-        """Inverse shapes of `encode`; clipped to [-1, 1]."""
+        """Latents to frames, as many as `num_frames` says; clipped to [-1, 1]."""
         z = latents * self.deviation + self.mean
         return cast(Tensor, self.autoencoder.decode(z, return_dict=False)[0]).clamp(-1, 1)
 
@@ -122,7 +122,12 @@ class ClipCodec(nn.Module):
         return rearrange(torch.cat(chunks, dim=2), "b (c q p) f h w -> b c f (h p) (w q)", p=side, q=side)
 
     def num_frames(self, latent_frames: int) -> int:
-        """Four frames for each latent frame after the first."""
+        """Four frames for each latent frame after the first.
+
+        CogVideoX's decoder takes two latent frames at a time and gives four for each of an even number.
+        """
+        if isinstance(self.autoencoder, AutoencoderKLCogVideoX) and latent_frames % 2 == 0:
+            return 4 * latent_frames
         return 4 * (latent_frames - 1) + 1
 
     def decode_frames(

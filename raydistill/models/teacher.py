@@ -40,7 +40,7 @@ PREDICTIONS: dict[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_pred
 BETAS = {"linear": VariancePreserving.linear, "scaled_linear": VariancePreserving.scaled_linear}
 KNOWN = {"beta_schedule": BETAS, "prediction_type": PREDICTIONS, "num_train_timesteps": (TIMESTEPS,)}
 OPTIONS = {"snr_shift_scale": 1.0, "rescale_betas_zero_snr": False}
-"""Further settings of a schedule, and what they are where a scheduler has none."""
+"""Further settings of a schedule, and what they are where a scheduler's class has none."""
 
 
 def _kind(folder: Path) -> str:
@@ -177,6 +177,8 @@ def read_schedule(path: str | Path) -> dict[str, Any]:
         if about.get(name) not in known:
             listed = ", ".join(str(one) for one in known)
             raise InvalidValue(f"{found}: {name}", about.get(name), f"known here: {listed}")
+    if "CogVideoX" in str(about.get("_class_name")):
+        about.setdefault("snr_shift_scale", 3.0)  # its class's own default
     kept = {name: about[name] for name in ("beta_schedule", "beta_start", "beta_end", "prediction_type")}
     return kept | {name: about[name] for name, plain in OPTIONS.items() if about.get(name, plain) != plain}
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pipeline_cases
 import pytest
 import torch
 from job_cases import job_here, load_job
@@ -11,9 +12,10 @@ from safetensors.torch import load_file
 from shared_memory import left_since, shared_memory
 
 from raydistill.artifacts import LatentStore
-from raydistill.errors import InvalidValue
+from raydistill.errors import InvalidValue, MissingArtifact
 from raydistill.flow import connect
-from raydistill.models.text import encoder_of
+from raydistill.models.prompts import PromptEncoder
+from raydistill.models.text import NULL, encoder_of, null_of
 from raydistill.sampler import keyed_noise, sample
 from raydistill.student import load_student
 
@@ -34,6 +36,26 @@ def made(request, tmp_path_factory, cluster):
     folder = tmp_path_factory.mktemp(request.param)
     write_inputs(folder, request.param)
     return request.param, folder
+
+
+def test_clips_are_prepared_by_a_pipelines_own_networks(cluster, tmp_path):
+    """On Ray Data's actors; the empty caption is there even if no actor had anything to do."""
+    pipeline = pipeline_cases.save(tmp_path / "pipeline", "wan21")
+    clips = ["source.kind=sprites", f"source.path={tmp_path}/world", "source.num_clips=3"]
+    clips += ["clip.num_frames=5", "clip.height=32", "clip.width=48"]
+    by = [f"encode.codec={pipeline}", f"encode.text={pipeline}", "encode.text_length=12"]
+    command = (f"output={tmp_path}/latents", *clips, *by)
+    job_here("prepare", *command)
+    store, encode = LatentStore(tmp_path / "latents"), PromptEncoder(pipeline, 12)
+    assert [row.latents.shape for row in store] == [(16, 2, 4, 6)] * 3
+    for row in store:
+        assert torch.equal(torch.from_numpy(row.text.copy()), encode([row.caption])[0])
+    assert torch.equal(null_of(store), encode([""])[0])
+    (store.folder / NULL).unlink()
+    with pytest.raises(MissingArtifact, match="empty caption for guidance"):
+        null_of(store)
+    job_here("prepare", *command)
+    assert torch.equal(null_of(store), encode([""])[0])
 
 
 def weights(run):

@@ -7,7 +7,13 @@ import torch
 
 from raydistill.config.stages import ObjectiveConfig
 from raydistill.consistency.phases import Phases
-from raydistill.consistency.schedule import DCM_GRID, SAME_TIME, RectifiedFlow, TimeGrid
+from raydistill.consistency.schedule import (
+    DCM_GRID,
+    SAME_TIME,
+    RectifiedFlow,
+    TimeGrid,
+    VariancePreserving,
+)
 from raydistill.errors import NonFiniteLoss
 from raydistill.experts.detail import Judges, critic_losses, detail_look, renoised_pair
 from raydistill.experts.loop import require_finite
@@ -224,6 +230,20 @@ def test_against_the_target_both_take_the_straight_line_from_the_segments_end_wi
     at, n = a.view(-1, 1, 1, 1, 1), segment.noise(batch.index, guess, "adversarial noise")
     torch.testing.assert_close(fake, ((1 - at) * guess + (at - 0.3) * n) / 0.7)
     torch.testing.assert_close(real, ((1 - at) * goal + (at - 0.3) * n) / 0.7)
+
+
+def test_on_a_variance_preserving_path_the_critic_sees_the_noise_that_its_time_says():
+    """Unit data stays of unit variance, and the fake and the real side still share their noise."""
+    schedule = VariancePreserving.scaled_linear(prediction="v").with_less_signal(3.0, zero_terminal=True)
+    segment = replace(_segment(0.6, 0.0, TimeGrid(5)), schedule=schedule)
+    batch = _batch(64, (1, 4, 8, 8))
+    rng, s = torch.Generator().manual_seed(5), torch.zeros(64, dtype=torch.float64)
+    guess = torch.randn(batch.latents.shape, generator=rng).double()
+    fake, real, a = renoised_pair(segment, batch, Jumped(guess, -guess, s, s, s), guess, "target")
+    alpha, n = schedule.alpha(a).view(-1, 1, 1, 1, 1), segment.noise(batch.index, guess, "adversarial noise")
+    torch.testing.assert_close(fake - real, 2 * alpha * guess)
+    torch.testing.assert_close((fake + real) / 2, schedule.sigma(a).view(-1, 1, 1, 1, 1) * n)
+    assert fake.std().item() == pytest.approx(1.0, rel=0.02)
 
 
 def test_against_data_a_perfect_students_sample_is_as_noisy_as_the_real_one():

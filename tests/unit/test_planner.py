@@ -1,6 +1,7 @@
 """What a plan counts without data is what the same step holds and does with data."""
 
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +16,7 @@ from raydistill.config.grid import GridConfig
 from raydistill.config.load import run
 from raydistill.config.plan import PlanConfig
 from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, SemanticConfig
-from raydistill.errors import DoesNotFit
+from raydistill.errors import DoesNotFit, InvalidValue
 from raydistill.experts import planner
 from raydistill.experts.advice import changes, require_it_fits
 from raydistill.experts.counting import CountedOperations, LiveBytes, memory_efficient_attention
@@ -220,11 +221,24 @@ def test_a_plan_that_cannot_fit_says_what_to_change(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_network_cannot_is_not_proposed(tmp_path):
+    folder = pipeline_cases.save(tmp_path, "modelscope")
+    config = config_of("modelscope", folder, plan=PlanConfig(memory_gib=0.0001))
+    shape = ((4, 4, 4, 4), (7, 8))
+    with pytest.raises(DoesNotFit) as refused:
+        require_it_fits(config, plan_stage(config, "semantic", *shape), *shape)
+    assert refused.value.changes
+    assert not any("checkpointing" in line for line in refused.value.changes)
+
+
 def test_what_is_said_to_fit_does(tmp_path):
     folder, shape = pipeline_cases.save(tmp_path, "wan21"), ((16, 3, 8, 8), (20, 16))
     config = config_of("wan21", folder, scale=ScaleConfig(num_workers=2), semantic=SemanticConfig(**SIZES))
     plan = plan_stage(config, "semantic", *shape)
-    sizes = {how: plan_stage(one, "semantic", *shape).device for how, one in changes(config, "semantic")}
+    sizes = dict[str, int]()
+    for how, make in changes(config, "semantic"):
+        with suppress(InvalidValue):
+            sizes[how] = plan_stage(make(), "semantic", *shape).device
     assert len(sizes) == 6  # twice the workers would not divide the batch
     better = [size for size in sizes.values() if size < plan.device]
     assert len(better) == 5  # at ZeRO 3 the target does not share the student's weights

@@ -126,10 +126,12 @@ def test_two_networks_without_a_time_to_meet(saved, tmp_path, ratio):
 def test_two_networks_meet_where_the_grid_says(saved):
     grid = GridConfig(num_intervals=50, shift=12.0)
     with pytest.raises(InvalidValue, match=r"boundary = 0\.74: 0\.8709.*second network takes over") as wrong:
-        require_own_networks(DistillConfig(teacher=str(saved["wan22"]), grid=grid))
+        require_own_networks(DistillConfig(teacher=str(saved["wan22"]), grid=grid, experts="dual_full"))
     right = float(wrong.value.expected.split(",")[0])
-    require_own_networks(DistillConfig(teacher=str(saved["wan22"]), grid=grid, boundary=right))
-    with pytest.raises(InvalidValue, match="experts = 'single': dual or dual_full"):
+    require_own_networks(
+        DistillConfig(teacher=str(saved["wan22"]), grid=grid, boundary=right, experts="dual_full")
+    )
+    with pytest.raises(InvalidValue, match="experts = 'single': dual_full"):
         require_own_networks(DistillConfig(teacher=str(saved["wan22"]), grid=grid, experts="single"))
 
 

@@ -138,6 +138,17 @@ def test_latents_are_normalised_as_the_pipeline_does(case, pipeline):
         torch.testing.assert_close(codec.encode(frames), (raw - mean) / scale, **CLOSE)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_codec_says_how_many_frames_it_makes(case, count):
+    """CogVideoX's makes 32 of the 8 latent frames of 29."""
+    kind, folder, _ = case
+    codec = load_codec(folder)
+    channels = 4 if kind in ("modelscope", "animatediff") else 16
+    with torch.no_grad():
+        frames = codec.decode(torch.zeros(1, channels, count, 2, 2))
+    assert frames.shape[2] == codec.num_frames(count)
+
+
 def test_picked_frames_are_those_of_the_whole_clip(case):
     kind, folder, _ = case
     codec, z = load_codec(folder), latents_of(kind, batch=2)
