@@ -199,12 +199,11 @@ def _measured(config: DistillConfig, stage: Stage, teacher: nn.Module, batch: Ba
     return _Measured(live.peak, passes, flops)
 
 
-def _one_micro_batch(stage: Stage, batch: Batch, on_gradient: Callable[[Tensor], None] | None = None) -> None:
+def _one_micro_batch(stage: Stage, batch: Batch, on_gradient: Callable[[Tensor], None]) -> None:
     """Forward and backward of everything that trains; gradients go as they come."""
 
     def drop(parameter: Tensor) -> None:
-        if on_gradient is not None:
-            on_gradient(parameter)
+        on_gradient(parameter)
         parameter.grad = None
 
     trained = [p for engine in stage.engines().values() for p in engine.trainable_parameters.values()]
