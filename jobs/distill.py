@@ -38,7 +38,7 @@ from raydistill.models.folders import boundary_ratio, codec_digest, part_folder,
 from raydistill.models.frame_critic import pool_text
 from raydistill.models.frame_features import load_frame_features
 from raydistill.models.teacher import load_teacher, read_schedule, require_fit
-from raydistill.models.text import encoder_of, null_of
+from raydistill.models.text import null_of, text_identity
 from raydistill.sampler import SamplingPlan, build_plan, plan_lcm, plan_times, with_tail
 from raydistill.student import Card, save_student
 from raydistill.trajectories.flow import feed, iter_batches
@@ -171,7 +171,7 @@ def export(config: DistillConfig, stores: Stores, digests: dict, first: Path, se
         text_shape=row.text.shape,
         lora=(lora.lora_rank, lora.lora_alpha) if lora else None,
         semantic_lora=(first_lora.lora_rank, first_lora.lora_alpha) if first_lora.lora_rank else None,
-        sources={**digests, "seed": config.seed, "text": encoder_of(stores.video)},
+        sources={**digests, "seed": config.seed, "text": text_identity(stores.video)},
     )
     folder = Path(config.output) / "student"
     save_student(folder, card, expert, detail, plans_of(config), null_of(stores.video))

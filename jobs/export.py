@@ -1,9 +1,10 @@
-"""Put a student, its codec and what else it needs into one folder that the server loads.
+"""Put a student, its codec and what else it needs into one folder: for the server, or for diffusers.
 
     python jobs/export.py --config jobs/tiny/export.yaml
     python jobs/export.py --config jobs/tiny/export.yaml teacher=FOLDER scores=runs/tiny/evaluation
+    python jobs/export.py student=RUN/student teacher=PIPELINE pipeline=RUN/pipeline license=apache-2.0
 
-The same command again does nothing; another bundle in the output folder is never overwritten.
+The same command again does nothing; what else is in a folder is never overwritten.
 """
 
 import sys
@@ -16,7 +17,9 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from raydistill.consistency.schedule import SAME_TIME
 from raydistill.errors import ArtifactError, disk_full_explained
+from raydistill.pipelines.folder import Wanted, export_pipeline
 from raydistill.service.bundle import BundleCard
 from raydistill.service.export import export_bundle
 
@@ -33,9 +36,8 @@ def plan_line(card: BundleCard, name: str) -> str:
     return line
 
 
-def main() -> None:
-    """Export, and say what is in the folder."""
-    config, _ = from_command_line(ExportConfig, sys.argv[1:])
+def bundle(config: ExportConfig) -> None:
+    """Write the bundle, and say what is in it."""
     output = Path(config.output)
     with disk_full_explained(output, ArtifactError):
         made = export_bundle(
@@ -49,10 +51,10 @@ def main() -> None:
             sizes=config.sizes,
             scores=config.scores or None,
             default_plan=config.default_plan or None,
+            text=config.text or None,
         )
     card = made.card
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    print(f"{output}: {card.label}, {size / 1e6:.1f} MB{'' if made.written else ', was there already'}")
+    print(f"{output}: {card.label}, {megabytes(output)}{'' if made.written else ', was there already'}")
     for name in card.plans:
         print(plan_line(card, name))
     for shape in card.shapes:
@@ -62,6 +64,35 @@ def main() -> None:
     for line in made.left_out:
         print(f"  left out: {line}")
     print(f"  digest {card.digest}")
+
+
+def pipeline(config: ExportConfig) -> None:
+    """Write the folder for diffusers, and say what is in it."""
+    output = Path(config.pipeline)
+    asked = Wanted(name=config.bundle_name, fps=config.fps, plan=config.pipeline_plan, license=config.license)
+    with disk_full_explained(output, ArtifactError):
+        made = export_pipeline(config.student, config.teacher, output, asked)
+    print(f"{output}: {made.kind}, {megabytes(output)}{'' if made.written else ', was there already'}")
+    print(f"  {type(made.steps.scheduler).__name__}, t = {', '.join(f'{t:.6g}' for t in made.steps.times)}")
+    if (off := max(abs(a - b) for a, b in zip(made.steps.times, made.stored, strict=True))) > SAME_TIME:
+        print(f"  the stored plan's times are {', '.join(f'{t:.6g}' for t in made.stored)}: off by {off:.2g}")
+    if made.comfyui is not None:
+        print(f"  for ComfyUI: {made.comfyui}")
+    print(f"  how to sample: {output / 'README.md'}")
+
+
+def megabytes(folder: Path) -> str:
+    """Size of all files."""
+    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB"
+
+
+def main() -> None:
+    """Export what was asked for."""
+    config, _ = from_command_line(ExportConfig, sys.argv[1:])
+    if config.pipeline:
+        pipeline(config)
+    if config.output:
+        bundle(config)
 
 
 if __name__ == "__main__":

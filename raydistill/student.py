@@ -57,19 +57,25 @@ class Card:
     semantic_lora: tuple[int, float] | None = None
     """Rank and alpha of a semantic expert that is a LoRA on its teacher."""
     sources: Mapping[str, Any] = field(default_factory=dict)
-    """Digests of teacher, codec and latents, and the seed."""
+    """Digests of teacher, codec and latents, the seed, and `text`: the identity of the text encoder."""
 
     @property
     def first_lora(self) -> tuple[int, float] | None:
         """Rank and alpha of a first expert that is a LoRA. Raises StaleArtifact if they are lost."""
         return _lora(self) if self.kind == "motion" else self.semantic_lora
 
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """What embeds its captions: {"kind": "word_vectors", ...}, or a pipeline's `prompts_identity`."""
+        told = self.sources.get("text", WORD_VECTORS)
+        return {"kind": told} if isinstance(told, str) else told  # a name alone in the first releases
+
     def require_word_vectors(self) -> None:
         """Raise StaleArtifact if captions are embedded by a real teacher's text encoder."""
-        if (encoder := self.sources.get("text", WORD_VECTORS)) != WORD_VECTORS:
+        if (encoder := self.text["kind"]) != WORD_VECTORS:
             raise StaleArtifact(
-                f"this student's captions are those of a {encoder}: bundles and evaluations know the small "
-                "world's word vectors alone"
+                f"this student's captions are those of a {encoder}: evaluations know the small world's word "
+                "vectors alone"
             )
 
 

@@ -14,7 +14,7 @@ NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A student, its codec and, where it needs one, its teacher, as one folder that a server loads."""
+    """A student as one folder that a server loads, and of a real teacher's as a pipeline of diffusers."""
 
     student: str = MISSING
     """Folder of the student, as jobs/distill.py left it: <output>/student."""
@@ -26,11 +26,23 @@ class ExportConfig:
     teacher_steps: tuple[int, ...] = ()
     """Also offer the teacher itself with so many steps, as plans `teacher50` ...: what the student stands in
     for, to compare with. Needs teacher."""
-    output: str = MISSING
-    """Folder to write. The bundle that is there already is left as it is; another is never overwritten."""
+    output: str = ""
+    """Bundle to write, for the server; empty: none. The bundle that is there already is left as it is;
+    another is never overwritten."""
+    pipeline: str = ""
+    """Folder to write for diffusers, which loads it without this package: the teacher's pipeline with the
+    student in it, a scheduler with its times, a LoRA for ComfyUI where it is one, a model card. Needs
+    teacher, the folder or the hub name of a whole pipeline; empty: none."""
+    pipeline_plan: str = ""
+    """Plan whose times the pipeline's scheduler has. Empty: 4 if there is such a plan, else that of most
+    steps."""
+    license: str = ""
+    """Licence of the exported weights for the model card, as the hub abbreviates it, apache-2.0."""
+    text: str = ""
+    """Pipeline with the text encoder of a real teacher's captions, for the bundle. Empty: the teacher's."""
     name: str = ""
-    """Under which it is served: letters, digits, '.', '_', '-', at most 64. Empty: the name of the output
-    folder, or of the folder above it if that is called bundle."""
+    """Under which it is served: letters, digits, '.', '_', '-', at most 64. Empty: the name of the folder
+    written, or of the folder above it if that is called bundle or pipeline."""
     fps: int = 8
     """Frames per second of its videos."""
     sizes: tuple[tuple[int, int, int], ...] = ()
@@ -44,6 +56,10 @@ class ExportConfig:
     def __post_init__(self):
         """Check what can be checked without reading files."""
         at_least("fps", self.fps, 1)
+        if not self.output and not self.pipeline:
+            raise MissingValue("output", "nothing to write: a folder for the bundle, or pipeline=FOLDER")
+        if self.pipeline and not self.teacher:
+            raise MissingValue("teacher", "its pipeline's codec and text encoder are part of what is written")
         for size in self.sizes:
             require_size(size)
         for steps in self.teacher_steps:
@@ -56,8 +72,8 @@ class ExportConfig:
     @property
     def bundle_name(self) -> str:
         """Name under which it is served."""
-        folder = PurePath(self.output)
-        return self.name or (folder.parent.name if folder.name == "bundle" else folder.name)
+        folder = PurePath(self.output or self.pipeline)
+        return self.name or (folder.parent.name if folder.name in ("bundle", "pipeline") else folder.name)
 
 
 def require_name(name: str) -> None:

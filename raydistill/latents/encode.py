@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydistill.artifacts import tree_digest, tree_files
+from raydistill.artifacts import file_sha256, fingerprint
 from raydistill.config.prepare import ClipConfig
 from raydistill.errors import InvalidValue, MissingArtifact
 from raydistill.models.codec_config import compression, read_codec, statistics
-from raydistill.models.folders import part_folder
+from raydistill.models.folders import files_of, part_folder
 from raydistill.models.protocols import TextEncoder
 
 NORMALISATION = "frames / 127.5 - 1; latents by the codec's own mean and deviation"
@@ -72,8 +72,9 @@ def models_identity(codec: str | Path, text: Mapping[str, Any]) -> dict[str, Any
     """
     kind, _ = _known_codec(codec)
     folder = part_folder(codec, "vae")
+    files = {name: file_sha256(folder / name) for name in files_of(folder)}
     return {
-        "codec": {"kind": kind, "digest": tree_digest(folder), "files": tree_files(folder)},
+        "codec": {"kind": kind, "digest": fingerprint(files), "files": files},
         "text": dict(text),
     }
 

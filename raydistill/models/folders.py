@@ -1,12 +1,16 @@
 """Where a model lies: a folder of diffusers, a whole pipeline's folder, or the name of one on the hub."""
 
 import json
+import os
 import re
-from collections.abc import Sequence
+import shutil
+import uuid
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raydistill.artifacts import fingerprint, tree_digest
+from raydistill.artifacts import commit_file, file_sha256, fingerprint
 from raydistill.errors import MissingArtifact
 
 INDEX = "model_index.json"
@@ -95,10 +99,57 @@ def part_folder(name: str | Path, part: str, *, weights: bool = True) -> Path:
 
 def teacher_digest(name: str | Path) -> str:
     """Return what stands for a teacher's networks in fingerprints: their contents, not where they lie."""
-    found = [tree_digest(folder) for folder in network_folders(name, weights=True)]
+    found = [model_digest(folder) for folder in network_folders(name, weights=True)]
     return found[0] if len(found) == 1 else fingerprint([*found, boundary_ratio(name)])
 
 
 def codec_digest(name: str | Path) -> str:
     """Return what stands for a codec in fingerprints."""
-    return tree_digest(part_folder(name, "vae"))
+    return model_digest(part_folder(name, "vae"))
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file's bytes and have the disk keep them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as theirs, open(target, "wb") as ours:
+        shutil.copyfileobj(theirs, ours, 1 << 20)
+        ours.flush()
+        os.fsync(ours.fileno())
+
+
+def files_of(folder: Path) -> list[str]:
+    """Relative names of a model's files. Nobody reads pickled weights, nor what begins with a dot."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    kept = (path for path in found if not any(path.match(kind) for kind in PICKLES))
+    return sorted(path.as_posix() for path in kept if not any(one.startswith(".") for one in path.parts))
+
+
+def names_in(folder: Path, parts: Sequence[str]) -> list[str]:
+    """Relative names of a model's files: of a pipeline its index and these parts, else all."""
+    names = files_of(folder)
+    if not read_index(folder):
+        return names
+    return [name for name in names if name == INDEX or name.partition("/")[0] in parts]
+
+
+def model_digest(folder: Path) -> str:
+    """Return one sha256 over the names and contents of a model's files. Raises MissingArtifact for none."""
+    if not (names := files_of(folder)):
+        raise MissingArtifact(f"{folder}: no files of a model there")
+    return fingerprint({name: file_sha256(folder / name) for name in names})
+
+
+@contextmanager
+def built_beside(output: Path) -> Generator[Path, None, None]:
+    """Give a folder to fill that becomes `output` at the end: whole, or not there at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for left in output.parent.glob(f".{output.name}.*.part"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        beside.mkdir()
+        yield beside
+        commit_file(beside, output)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise

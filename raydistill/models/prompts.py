@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from raydistill.artifacts import fingerprint, tree_digest
+from raydistill.artifacts import fingerprint
 from raydistill.errors import InvalidValue, MissingArtifact
-from raydistill.models.folders import TEXT, located, read_index
+from raydistill.models.folders import TEXT, located, model_digest, read_index
 from raydistill.models.protocols import TextEncoder
 from raydistill.models.text import WordVectors
 from raydistill.types import Text
@@ -31,7 +31,7 @@ def prompts_identity(pipeline: str | Path, length: int = 0, precision: str = "fp
         raise MissingArtifact(f"encode.text: {folder} is {kind}: expected the folder of a {known}")
     if length and kind in CLIPS:
         raise InvalidValue("encode.text_length", length, f"0: {kind}'s captions have CLIP's length")
-    parts = {part: tree_digest(folder / part) for part in TEXT if (folder / part).is_dir()}
+    parts = {part: model_digest(folder / part) for part in TEXT if (folder / part).is_dir()}
     if not parts:
         raise MissingArtifact(f"encode.text: {folder} has neither of {', '.join(TEXT)}: copy them")
     digest = fingerprint(parts)
@@ -85,7 +85,7 @@ class PromptEncoder:
 
 
 def build_text(
-    pipeline: str,
+    pipeline: str | Path,
     *,
     num_tokens: int,
     width: int,

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,9 +72,14 @@ def load_null(folder: Path) -> Float[Tensor, "l d"]:
         raise CorruptArtifact(f"{path} holds no embedding: {broken}") from broken
 
 
+def text_identity(store: LatentStore) -> dict[str, Any]:
+    """Return what stands for the encoder of prepared latents' captions: its kind, and what shapes it."""
+    return {"kind": WORD_VECTORS, **store.manifest.identity.get("models", {}).get("text", {})}
+
+
 def encoder_of(store: LatentStore) -> str:
     """Return what embedded the captions of prepared latents: word vectors, or the class of a pipeline."""
-    return store.manifest.identity.get("models", {}).get("text", {}).get("kind", WORD_VECTORS)
+    return text_identity(store)["kind"]
 
 
 def null_of(store: LatentStore) -> Float[Tensor, "l d"]:

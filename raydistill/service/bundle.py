@@ -4,6 +4,7 @@
     student/      as in `raydistill/student.py`
     codec/        diffusers' folder of the codec
     teacher/      only where a plan has the teacher's tail, or the student is a LoRA on it
+    text/         tokenizers and text encoders of a real teacher's pipeline; word vectors need no files
 
 `export.py` writes it. Whatever decides on a request needs no more than the card.
 """
@@ -23,7 +24,7 @@ from raydistill.errors import ConfigError, CorruptArtifact, InvalidValue, Missin
 
 VERSION = 1
 CARD = "bundle.json"
-STUDENT, CODEC, TEACHER = "student", "codec", "teacher"
+STUDENT, CODEC, TEACHER, TEXT = "student", "codec", "teacher", "text"
 """Folders in a bundle."""
 
 
@@ -87,7 +88,8 @@ class BundleCard:
     guidance_scale: float
     """Guidance that was distilled into it; also that of a teacher's tail."""
     text: Mapping[str, Any]
-    """Of the text encoder: {"kind": "word_vectors", "version", "num_tokens", "width"}."""
+    """Of the text encoder: {"kind": "word_vectors", "version", "num_tokens", "width"}, or a pipeline's
+    {"kind", "digest", "length", "precision"}."""
     codec_kind: str
     """Diffusers' class of the codec."""
     sources: Mapping[str, Any]

@@ -12,9 +12,11 @@ from torch import Tensor
 from raydistill.config.serve import WorkerConfig
 from raydistill.errors import StaleArtifact
 from raydistill.models.codec import load_codec
-from raydistill.models.text import WordVectors
+from raydistill.models.prompts import PromptEncoder
+from raydistill.models.protocols import TextEncoder
+from raydistill.models.text import WORD_VECTORS, WordVectors
 from raydistill.sampler import SamplingPlan, keyed_noise, take_step
-from raydistill.service.bundle import read_bundle, verify_bundle
+from raydistill.service.bundle import TEXT, BundleCard, read_bundle, verify_bundle
 from raydistill.student import load_student
 from raydistill.types import Latents, Text
 
@@ -43,7 +45,7 @@ class Engine:
         )
         self.student.require_codec(folder / "codec")
         self.codec = load_codec(folder / "codec").to(config.device)
-        self.text = WordVectors(self.card.text["num_tokens"], self.card.text["width"])
+        self.text = _text(folder, self.card, config.device)
         self.plans = {name: SamplingPlan.from_dict(plan.to_dict()) for name, plan in self.card.plans.items()}
         for name, plan in self.plans.items():
             of_teacher = all(one.expert == "teacher" for one in plan.jumps)  # not among the student's own
@@ -103,6 +105,14 @@ class Engine:
         assert self.card.preview is not None
         matrix, bias = (torch.tensor(self.card.preview[name]) for name in ("matrix", "bias"))
         return _pixels(rearrange(x0[0, :, x0.shape[2] // 2], "c h w -> h w c") @ matrix + bias)
+
+
+def _text(folder: Path, card: BundleCard, device: str) -> TextEncoder:
+    """Load what embeds prompts. Raises MissingArtifact."""
+    about = card.text
+    if about["kind"] == WORD_VECTORS:
+        return WordVectors(about["num_tokens"], about["width"])
+    return PromptEncoder(folder / TEXT, about["length"], about["precision"], device=device)
 
 
 def _pixels(values: Tensor) -> np.ndarray:

@@ -1,8 +1,5 @@
 """Student, codec and, where a plan needs it, teacher -> one folder that a server loads; see `bundle.py`."""
 
-import os
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from raydistill.artifacts import commit_file, tree_digest, tree_files
+from raydistill.artifacts import file_sha256, tree_digest
 from raydistill.config.export import require_name, require_size
 from raydistill.errors import (
     ArtifactError,
@@ -22,13 +19,26 @@ from raydistill.errors import (
     StaleArtifact,
 )
 from raydistill.models.codec import ClipCodec, FrameCodec, load_codec
+from raydistill.models.folders import (
+    NETWORKS,
+    built_beside,
+    copy_durably,
+    files_of,
+    located,
+    names_in,
+    part_folder,
+)
+from raydistill.models.folders import TEXT as TEXT_PARTS
+from raydistill.models.prompts import PromptEncoder
+from raydistill.models.protocols import TextEncoder
 from raydistill.models.teacher import read_teacher_config, require_fit
-from raydistill.models.text import WordVectors
+from raydistill.models.text import WORD_VECTORS, WordVectors
 from raydistill.sampler import SamplingPlan, keyed_noise, sample, teacher_plan
 from raydistill.service.bundle import (
     CODEC,
     STUDENT,
     TEACHER,
+    TEXT,
     BundleCard,
     PlanCard,
     ShapeCard,
@@ -79,26 +89,28 @@ def export_bundle(
     sizes: Sequence[tuple[int, int, int]] = (),
     scores: str | Path | None = None,
     default_plan: str | None = None,
+    text: str | Path | None = None,
 ) -> Exported:
     """Check everything, copy it beside `output`, rename; the same bundle there already is left as it is.
 
     teacher_steps: of plans that are the teacher's alone. sizes: further (frames, height, width) in pixels.
     scores: output folder of jobs/evaluate.py. Plans that need a teacher are left out without one.
+    text: pipeline whose text encoder a real teacher's captions are from; None: the teacher's.
     Raises MissingValue for a student that is nothing without its teacher, InvalidValue for a setting that
     does not fit and for an `output` that holds something else, and an ArtifactError for what cannot be read,
     was changed, or belongs to another student.
     """
     require_name(name)
     stored, all_plans = read_card(Path(student))
-    stored.require_word_vectors()
     all_plans |= {f"{TEACHER}{steps}": teacher_plan(steps, stored.grid) for steps in teacher_steps}
     plans = _kept(stored, all_plans, teacher)
+    encoder, encoder_files = _text(stored, text or teacher)
     loaded, decoder = load_student(student, teacher), load_codec(codec)
     loaded.require_codec(codec)
-    parts = {STUDENT: Path(student), CODEC: Path(codec)}
+    parts = {STUDENT: _files(Path(student)), CODEC: _files(part_folder(codec, "vae")), **encoder_files}
     if teacher and (stored.first_lora or any(_needs_teacher(plan) for plan in plans.values())):
-        parts[TEACHER] = Path(teacher)
-    files = {part: tree_files(folder) for part, folder in parts.items()}
+        parts[TEACHER] = _files(located(teacher, NETWORKS), (*NETWORKS, "scheduler"))
+    files = {f"{part}/{n}": file_sha256(at) for part, held in parts.items() for n, at in held.items()}
     sources = {**stored.sources, "student": tree_digest(student)}
     cards = in_order({key: _plan_card(plan, stored) for key, plan in plans.items()})
     card = BundleCard(
@@ -106,26 +118,53 @@ def export_bundle(
         kind=stored.kind,
         plans=cards,
         default_plan=_default(default_plan, plans),
-        shapes=_shapes(stored, decoder, sizes, parts),
+        shapes=_shapes(
+            stored, decoder, sizes, (teacher if stored.first_lora else None) or Path(student) / "semantic"
+        ),
         fps=fps,
         shift=stored.grid.shift,
         boundary=stored.boundary,
         guidance_scale=stored.guidance_scale,
-        text=WordVectors(*stored.text_shape).identity,
+        text=encoder.identity,
         codec_kind=type(decoder.autoencoder).__name__,
         sources=sources,
         scores=read_scores(scores, sources, cards, stored.guidance_scale) if scores else {},
-        files={f"{part}/{key}": digest for part, held in files.items() for key, digest in held.items()},
+        files=files,
     )
     left_out = _left_out(all_plans, plans, teacher, parts)
     if (there := _same_there(Path(output), card)) is not None:
         return Exported(Path(output), there, left_out, written=False)
-    card = replace(card, preview=fit_preview(loaded, decoder, card))
-    _write(parts, files, card, Path(output))
+    card = replace(card, preview=fit_preview(loaded, decoder, card, encoder))
+    _write(parts, card, Path(output))
     return Exported(Path(output), card, left_out, written=True)
 
 
-def fit_preview(student: Student, codec: Codec, card: BundleCard) -> dict[str, Any]:
+def _files(folder: Path, parts: Sequence[str] = ()) -> dict[str, Path]:
+    """Files of a part by name: of a pipeline's folder those of these parts alone."""
+    names = names_in(folder, parts) if parts else files_of(folder)
+    return {name: folder / name for name in names}
+
+
+def _text(card: Card, pipeline: str | Path | None) -> tuple[TextEncoder, dict[str, dict[str, Path]]]:
+    """Load what embeds a student's captions, and list its files.
+
+    Raises MissingValue without the pipeline that it needs, StaleArtifact for another than the student's.
+    """
+    asked = card.text
+    if asked["kind"] == WORD_VECTORS:
+        return WordVectors(*card.text_shape), {}
+    if pipeline is None:
+        raise MissingValue(
+            "text", f"captions are embedded by a {asked['kind']}: name its folder, or teacher="
+        )
+    folder = located(pipeline, TEXT_PARTS)
+    encoder = PromptEncoder(folder, asked.get("length", 0), asked.get("precision", "fp32"))
+    if encoder.identity.get("digest") != asked.get("digest"):
+        raise StaleArtifact(f"this student's captions are by another text encoder than that of {pipeline}")
+    return encoder, {TEXT: _files(folder, TEXT_PARTS)}
+
+
+def fit_preview(student: Student, codec: Codec, card: BundleCard, encoder: TextEncoder) -> dict[str, Any]:
     """Fit RGB in [-1, 1] as a linear map of a latent pixel, to clips of the default plan: see `BundleCard`.
 
     Frames are averaged over each latent pixel, and over the frames that share a latent frame.
@@ -133,7 +172,7 @@ def fit_preview(student: Student, codec: Codec, card: BundleCard) -> dict[str, A
     student's latents are not finite.
     """
     plan, shape = student.plan(card.default_plan), card.shapes[0]
-    text = WordVectors(*student.card.text_shape)(CAPTIONS)
+    text = encoder(CAPTIONS)
     inputs, targets = list[Tensor](), list[Tensor]()
     for i in range(len(CAPTIONS)):  # one by one: frames of a large student are large
         noise_at = keyed_noise(SEED, torch.tensor([i]))
@@ -189,7 +228,7 @@ def _left_out(
     plans: Mapping[str, SamplingPlan],
     kept: Mapping[str, SamplingPlan],
     teacher: str | Path | None,
-    parts: Mapping[str, Path],
+    parts: Mapping[str, Any],
 ) -> tuple[str, ...]:
     why = "it needs the teacher, and none was given: teacher=FOLDER"
     unused = [f"teacher {teacher}: no plan needs it"] if teacher and TEACHER not in parts else []
@@ -215,17 +254,16 @@ def _default(asked: str | None, plans: Mapping[str, SamplingPlan]) -> str:
 
 
 def _shapes(
-    card: Card, codec: Codec, sizes: Sequence[tuple[int, int, int]], parts: Mapping[str, Path]
+    card: Card, codec: Codec, sizes: Sequence[tuple[int, int, int]], network: str | Path
 ) -> tuple[ShapeCard, ...]:
     """Size of the training, then the sizes asked for. Raises InvalidValue for one that does not fit."""
     channels, f, h, w = card.latent_shape
     first = ShapeCard(frames=codec.num_frames(f), height=DOWN * h, width=DOWN * w, latent=(channels, f, h, w))
-    network = parts[TEACHER] if card.first_lora else parts[STUDENT] / "semantic"
     more = [_shape(size, card, codec, network) for size in sizes]
     return tuple(dict.fromkeys([first, *more]))
 
 
-def _shape(size: tuple[int, int, int], card: Card, codec: Codec, network: Path) -> ShapeCard:
+def _shape(size: tuple[int, int, int], card: Card, codec: Codec, network: str | Path) -> ShapeCard:
     """Compare a size with codec and network. Raises InvalidValue."""
     require_size(size)
     frames, height, width = size
@@ -266,30 +304,11 @@ def _same_there(output: Path, card: BundleCard) -> BundleCard | None:
     return verify_bundle(output)
 
 
-def _write(
-    parts: Mapping[str, Path], files: Mapping[str, Mapping[str, str]], card: BundleCard, output: Path
-) -> None:
+def _write(parts: Mapping[str, Mapping[str, Path]], card: BundleCard, output: Path) -> None:
     """Copy into a folder beside, the card last, and rename: `output` is a whole bundle or is not there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".{output.name}.*.part"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        for part, folder in parts.items():
-            for name in files[part]:
-                copy_durably(folder / name, beside / part / name)
+    with built_beside(output) as beside:
+        for part, held in parts.items():
+            for name, source in held.items():
+                copy_durably(source, beside / part / name)
         write_bundle_card(beside, card)
         verify_bundle(beside)  # files that changed meanwhile, and a disk that lies
-        commit_file(beside, output)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file's bytes and have the disk keep them."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as theirs, open(target, "wb") as ours:
-        shutil.copyfileobj(theirs, ours, 1 << 20)
-        ours.flush()
-        os.fsync(ours.fileno())

@@ -15,8 +15,9 @@ from raydistill.artifacts import LatentStore
 from raydistill.errors import InvalidValue, MissingArtifact
 from raydistill.flow import connect
 from raydistill.models.prompts import PromptEncoder
-from raydistill.models.text import NULL, encoder_of, null_of
+from raydistill.models.text import NULL, null_of, text_identity
 from raydistill.sampler import keyed_noise, sample
+from raydistill.service.bundle import verify_bundle
 from raydistill.student import load_student
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
@@ -76,6 +77,17 @@ def require_sampler(folder, run, plan):
     return student
 
 
+def require_export(folder, run):
+    """The trained student as a pipeline of diffusers, whose card has the run's figures, and as a bundle."""
+    given = [f"student={run}/student", f"teacher={folder}/pipeline", f"codec={folder}/pipeline"]
+    job_here("export", *given, f"pipeline={run}/pipeline", f"output={run}/bundle")
+    card = (run / "pipeline" / "README.md").read_text()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"| detail | 2 | feature_matching | 1 | {last['loss/feature_matching']:.4g} |" in card
+    assert "| semantic | 2 | temporal_coherence | 1 | " in card
+    assert verify_bundle(run / "bundle").text["kind"] == "WanPipeline"
+
+
 def test_dcm_runs_and_is_taken_up_between_its_stages(made, monkeypatch):
     kind, folder = made
     distill = load_job("distill")
@@ -102,8 +114,10 @@ def test_dcm_runs_and_is_taken_up_between_its_stages(made, monkeypatch):
     assert judged == (kind not in UNETS)
     student = require_sampler(folder, run, "2+tail")
     assert set(student.fields) == {"semantic", "detail", "teacher"}
-    assert student.card.sources["text"] == encoder_of(LatentStore(folder / "clips"))
-    assert student.card.sources["text"].endswith("Pipeline")
+    assert student.card.text == text_identity(LatentStore(folder / "clips"))
+    assert student.card.text["kind"].endswith("Pipeline")
+    if kind == "wan21":
+        require_export(folder, run)
 
 
 def test_mcm_runs_and_is_taken_up_within_its_stage(made):

@@ -231,12 +231,12 @@ class LinearCodec:
 def test_previews_of_a_linear_codec_are_exact(made, per, frames):
     card = read_bundle(made)
     card = replace(card, shapes=(replace(card.shapes[0], frames=frames),))
-    fit = fit_preview(load_student(made / "student"), LinearCodec(per), card)
+    fit = fit_preview(load_student(made / "student"), LinearCodec(per), card, WordVectors(8, 32))
     torch.testing.assert_close(torch.tensor(fit["matrix"]), LinearCodec.matrix, rtol=0, atol=1e-4)
     torch.testing.assert_close(torch.tensor(fit["bias"]), LinearCodec.bias, rtol=0, atol=1e-4)
     assert fit["r2"] == 1.0
     with pytest.raises(StaleArtifact, match="frames"):
-        fit_preview(load_student(made / "student"), LinearCodec(2), card)
+        fit_preview(load_student(made / "student"), LinearCodec(2), card, WordVectors(8, 32))
 
 
 def test_previews_show_what_the_codec_would_show(made):

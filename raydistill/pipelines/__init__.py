@@ -1,0 +1,1 @@
+"""A student as others load it: the folder of a pipeline of diffusers, a LoRA for ComfyUI, a model card."""

@@ -1,0 +1,148 @@
+"""The README.md of an exported folder, in the form of the Hugging Face hub's model cards."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from omegaconf import OmegaConf
+
+from raydistill.models.folders import HUB_NAME
+from raydistill.pipelines.schedulers import Steps
+from raydistill.pipelines.usage import usage_of
+from raydistill.student import Card
+
+METHODS = {
+    "dual": "DCM (arXiv 2506.03123): a semantic expert for the noisy part of the path, a detail expert below",
+    "dual_full": "DCM (arXiv 2506.03123) with two whole networks, one for each part of the path",
+    "single": "one consistency model for the whole path (LCM, arXiv 2310.04378)",
+    "motion": "MCM (arXiv 2406.06890): motion of videos, appearance of images, one LoRA for the whole path",
+}
+TERMS = ("consistency", "motion", "temporal_coherence", "appearance", "adversarial", "feature_matching")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card tells of."""
+
+    card: Card
+    student: Path
+    """Its folder; the run's settings and figures are looked for in the one above."""
+    teacher: str
+    """As it was named."""
+    kind: str
+    """Class of the pipeline."""
+    steps: Steps
+    stored: Sequence[float]
+    """Times of the student's own plan."""
+    name: str
+    fps: int
+    license: str
+    """As the hub abbreviates it; empty: not stated."""
+
+
+def card_text(about: About, *, lora: bool, comfyui: bool, scores: Mapping[str, Any]) -> str:
+    """Write the card: how to sample, times, what it was made of, losses, scores, licence."""
+    hub = about.teacher if HUB_NAME.fullmatch(about.teacher) and not Path(about.teacher).exists() else None
+    data = ModelCardData(
+        license=about.license or None,
+        base_model=hub,
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=["raydistill", "few-step", "lora" if lora else about.card.kind.replace("_", "-")],
+    )
+    count = len(about.steps.plan.jumps)
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {about.name}",
+        f"Text to video in {count} step{'s' * (count > 1)}, {about.steps.plan.passes()} network passes. Made "
+        f"with raydistill: {METHODS[about.card.kind]}.",
+        f"## Sampling\n\n```python\n{usage_of(about.kind, about.card, about.steps, about.fps, lora=lora)}```",
+        "\n".join(_notes(about, comfyui=comfyui)),
+        f"## Times\n\n{_table(_times(about))}",
+        f"## Made of\n\n{_table(_sources(about))}",
+        f"## Losses\n\n{_losses(about.student.parent)}",
+        f"## Scores\n\n{_scores(scores)}",
+        f"## Licence\n\n{_licence(about.license)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Iterable[Sequence[Any]]) -> str:
+    """Lay out rows, the first of which is the head."""
+    head, *body = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *body])
+
+
+def _notes(about: About, *, comfyui: bool) -> Iterable[str]:
+    scale = about.card.guidance_scale
+    yield f"- Steps, guidance and size are those of the training. Guidance of {scale:g} was distilled into"
+    yield "  it, and no negative prompt is needed."
+    if (boundary := about.card.boundary) is not None:
+        yield f"- The experts meet at t = {boundary:.6g}, and a step must end there: with another number of"
+        yield "  steps the scheduler's times pass it by."
+    if comfyui:
+        yield f"- `comfyui/{about.name}.safetensors` is the same LoRA for ComfyUI's own loader."
+
+
+def _times(about: About) -> Iterable[Sequence[Any]]:
+    yield ("step", "t", "of the stored plan", "network")
+    for k, (one, own) in enumerate(zip(about.steps.plan.jumps, about.stored, strict=True), start=1):
+        yield (k, f"{one.t:.6f}", f"{own:.6f}", one.expert)
+
+
+def _sources(about: About) -> Iterable[Sequence[Any]]:
+    yield ("what", "fingerprint")
+    yield (f"teacher {about.teacher}, {about.kind}", f"`{about.card.sources.get('teacher', 'not known')}`")
+    for name, value in about.card.sources.items():
+        if name not in ("teacher", "text"):
+            yield (name, f"`{value}`")
+    yield ("captions", f"`{about.card.text.get('digest', about.card.text['kind'])}`")
+    low_high = about.card.guidance_range
+    yield (
+        "guidance",
+        f"{low_high[0]:g} to {low_high[1]:g}" if low_high else f"{about.card.guidance_scale:g}",
+    )
+
+
+def _losses(run: Path) -> str:
+    """Weights of the terms and their last figures, from the run's own files."""
+    settings, metrics = run / "config.yaml", run / "metrics.jsonl"
+    if not settings.is_file() or not metrics.is_file():
+        return "The run's settings and figures were not beside the student when it was exported."
+    config = OmegaConf.load(settings)
+    last = dict[str, Mapping[str, Any]]()
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        last[one["stage"]] = one
+    rows: list[Sequence[Any]] = [("stage", "steps", "term", "weight", "last value")]
+    for stage, figures in last.items():
+        objective = OmegaConf.select(config, f"{stage}.objective")
+        for term in TERMS:
+            if weight := objective.get(term, 0):
+                value = figures.get(f"loss/{term}")
+                rows.append((stage, figures["step"], term, f"{weight:g}", _figure(value)))
+    return _table(rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    if not scores:
+        return "Not measured."
+    rows: list[Sequence[Any]] = [("measure", "value", "95 % interval")]
+    for name, one in scores["figures"].items():
+        rows.append((name, _figure(one["value"]), f"{_figure(one['low'])} to {_figure(one['high'])}"))
+    return f"On {scores['num_clips']} clips, {scores['num_seeds']} training(s).\n\n{_table(rows)}"
+
+
+def _licence(license: str) -> str:
+    if license:
+        return (
+            f"`{license}`, as whoever exported it states. The teacher's licence and the data's hold as well."
+        )
+    return "Not stated by whoever exported it. The teacher's licence and that of the data hold."
