@@ -71,9 +71,12 @@ def load_teacher(path: str | Path, expert: str | None = None, guidance_scale: fl
     try:
         loaded = network.from_pretrained(folder, use_safetensors=True)
     except OSError as without:
-        raise MissingArtifact(
-            f"{folder} has no safetensors weights: convert them, pickled ones are never read ({without})"
-        ) from without
+        do = "convert them, pickled ones are never read"
+        if not Path(path).exists():
+            do = (
+                f"'{path}' is in the hub's cache in part, as after --plan: fetch it with HF_HUB_OFFLINE unset"
+            )
+        raise MissingArtifact(f"{folder} has no safetensors weights: {do} ({without})") from without
     teacher = field(loaded).eval()
     if guidance_scale is not None and isinstance(teacher, HunyuanField):
         teacher.guidance = guidance_scale

@@ -81,13 +81,14 @@ def export_pipeline(student: str | Path, teacher: str | Path, output: str | Path
     """
     student, output = Path(student), Path(output)
     card, plans = read_card(student)
-    base = located(teacher)
-    kind = read_index(base).get("_class_name", "no pipeline")
+    index = read_index(located(teacher, weights=False))
+    kind = index.get("_class_name", "no pipeline")
     if kind not in KNOWN:
         raise MissingArtifact(
             f"pipeline: teacher={teacher} is {kind}: expected the whole folder of a {', '.join(KNOWN)}, with "
             "its codec and text encoders"
         )
+    base = located(teacher, [part for part, value in index.items() if isinstance(value, list)])
     _require_same_parts(card, base)
     plan = wanted.plan or _default_plan(plans)
     if plan not in plans:

@@ -6,6 +6,7 @@ import shutil
 import pipeline_cases
 import pytest
 import torch
+from export_cases import save_real_student
 
 from raydistill.config.distill import DistillConfig
 from raydistill.config.grid import GridConfig
@@ -15,7 +16,8 @@ from raydistill.experts.stages import require_own_networks
 from raydistill.models.codec import load_codec
 from raydistill.models.folders import located, network_folders, part_folder
 from raydistill.models.prompts import PromptEncoder, prompts_identity
-from raydistill.models.teacher import load_teacher, load_whole_teacher, require_fit
+from raydistill.models.teacher import embeds_guidance, load_teacher, load_whole_teacher, require_fit
+from raydistill.pipelines.folder import Wanted, export_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,22 @@ def test_a_name_on_the_hub_is_its_snapshot(hub):
     assert part_folder("owner/wan", "vae") == hub / "vae"
     with pytest.raises(MissingArtifact, match=r"no folder .*/owner/other, and 'owner/other' cannot be had"):
         located("owner/other")
+
+
+def test_a_plan_leaves_configs_alone_in_the_hubs_cache_and_a_run_says_so(hub):
+    for weights in hub.rglob("*.safetensors"):
+        weights.unlink()
+    assert embeds_guidance("owner/wan") is False
+    with pytest.raises(MissingArtifact, match="in part, as after --plan: fetch it with HF_HUB_OFFLINE unset"):
+        load_teacher("owner/wan")
+
+
+def test_a_student_is_exported_over_a_name_on_the_hub(hub, tmp_path):
+    """Of the snapshot what the pipeline's index names."""
+    (hub / "original").mkdir()
+    (hub / "original" / "whole.safetensors").write_bytes(b"x")
+    student, _ = save_real_student(tmp_path, "wan21", "motion", hub)
+    done = export_pipeline(student, "owner/wan", tmp_path / "out", Wanted(name="small"))
+    assert "base_model: owner/wan\n" in (done.folder / "README.md").read_text()
+    assert (done.folder / "vae" / "config.json").is_file()
+    assert not (done.folder / "original").exists()
