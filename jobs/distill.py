@@ -165,6 +165,7 @@ def export(config: DistillConfig, stores: Stores, digests: dict, first: Path, se
         boundary=segment.lower if config.is_dual else None,
         grid=segment.grid,
         guidance_scale=config.guidance_scale,
+        guidance_scale_2=config.guidance_scale_2 or None,
         guidance_range=segment.guidance,
         schedule=read_schedule(config.teacher),
         latent_shape=row.latents.shape,

@@ -45,6 +45,8 @@ class Card:
     grid: TimeGrid
     guidance_scale: float
     """Guidance of the teacher it was distilled from; also that of a teacher's tail."""
+    guidance_scale_2: float | None = None
+    """That of a second network of the teacher, where it has its own."""
     guidance_range: tuple[float, float] | None = None
     """Lowest and highest guidance, where every sample had its own."""
     schedule: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -223,7 +225,9 @@ def load_student(
     if network is not None:
         own = (folder / NULL).is_file()
         null = load_null(folder) if own else null_text(torch.empty(1, *card.text_shape))
-        fields["teacher"] = guide_teacher(network.to(device), null.to(device), card.guidance_scale)
+        fields["teacher"] = guide_teacher(
+            network.to(device), null.to(device), card.guidance_scale, card.guidance_scale_2
+        )
     return Student(card, fields, plans, schedule_from_dict(card.schedule))
 
 

@@ -183,6 +183,9 @@ class DistillConfig:
     """Times of the teacher's path."""
     guidance_scale: float = 2.0
     """Classifier-free guidance of the teacher, w in uncond + w (cond - uncond); 1 is off."""
+    guidance_scale_2: float = 0.0
+    """Guidance of the second network of a teacher that has two, by its name in Wan2.2's pipeline (published: 4
+    and 3); 0: guidance_scale."""
     guidance_range: tuple[float, ...] = ()
     """Lowest and highest w, drawn for each sample (MCM's code says 5 to 15 and means 6 to 16, for it counts
     from 0); empty: guidance_scale for all."""
@@ -231,15 +234,23 @@ class DistillConfig:
         at_least("max_images", self.max_images, 0)
         if self.max_images and not self.images:
             raise InvalidValue("max_images", self.max_images, "0 without images")
-        low_high = self.guidance_range
-        if low_high and not (len(low_high) == 2 and 0 <= low_high[0] <= low_high[1]):
-            raise InvalidValue("guidance_range", low_high, "two numbers, 0 <= lowest <= highest, or empty")
+        self._check_guidance()
         if self.is_dual and not self.mix.plain:
             expected = "1 with two experts: a sample of one step is experts=motion's or =single's"
             raise InvalidValue("mix.real_share", self.mix.real_share, expected)
         self._check_terms()
         for name in self.stages:
             self._check_stage(name)
+
+    def _check_guidance(self):
+        """One scale, one for each of two networks, or a range."""
+        low_high = self.guidance_range
+        if low_high and not (len(low_high) == 2 and 0 <= low_high[0] <= low_high[1]):
+            raise InvalidValue("guidance_range", low_high, "two numbers, 0 <= lowest <= highest, or empty")
+        at_least("guidance_scale_2", self.guidance_scale_2, 0)
+        if self.guidance_scale_2 and (low_high or self.experts != "dual_full"):
+            expected = "0 but for experts=dual_full without guidance_range"
+            raise InvalidValue("guidance_scale_2", self.guidance_scale_2, expected)
 
     @property
     def is_dual(self) -> bool:
@@ -256,6 +267,10 @@ class DistillConfig:
     def stage(self, name: str) -> StageConfig:
         """Settings of 'semantic', 'detail' or 'motion'."""
         return {"semantic": self.semantic, "detail": self.detail, "motion": self.motion}[name]
+
+    def guidance_of(self, stage: str) -> float:
+        """Guidance of a stage's teacher, where it is one for all samples."""
+        return (self.guidance_scale_2 if stage == "detail" else 0) or self.guidance_scale
 
     def _check_terms(self):
         """Terms of the loss that a stage cannot have, or that need something."""

@@ -112,6 +112,8 @@ def require_own_networks(config: DistillConfig) -> None:
         if abs(config.boundary - below) > SAME_TIME:
             what = f"the grid's highest time below {ratio}, where this teacher's second network takes over"
             raise InvalidValue("boundary", config.boundary, f"{below:.9g}, {what}")
+    elif config.guidance_scale_2:
+        raise InvalidValue("guidance_scale_2", config.guidance_scale_2, "0: this teacher has one network")
     judged = config.detail.objective.adversarial or config.detail.objective.feature_matching
     if config.is_dual and judged and is_unet(config.teacher):
         key = (
@@ -162,7 +164,7 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
         cast_parameters(net, engine.dtype)
     slow = cast(VelocityField, target.net) if target and target.net else student
     null = null_text(given.text) if given.null_text is None else given.null_text
-    lowest = config.guidance_range[0] if config.guidance_range else config.guidance_scale
+    lowest = config.guidance_range[0] if config.guidance_range else config.guidance_of(name)
     by = guide_teacher_by(frozen, null)
     nets = Networks(student, slow, guide_teacher(frozen, null, lowest), by)
     segment = build_segment(config, name, given.schedule)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,9 +20,15 @@ def has_own_guidance(field: Teacher | PairField) -> bool:
 
 
 def guide_teacher(
-    field: Teacher | PairField, null_text: Float[Tensor, "l d"], guidance_scale: float
+    field: Teacher | PairField,
+    null_text: Float[Tensor, "l d"],
+    guidance_scale: float,
+    guidance_scale_2: float | None = None,
 ) -> VelocityField:
-    """Guide a teacher by one scale for all, see `solver.guided`."""
+    """Guide a teacher by one scale for all, see `solver.guided`; of two networks each may have its own."""
+    if isinstance(field, PairField) and guidance_scale_2 not in (None, guidance_scale):
+        by, ratio, scales = guided_by(field, null_text), field.ratio, (guidance_scale, guidance_scale_2)
+        return lambda x_t, t, text: by(x_t, t, text, torch.where(t.double() >= ratio, *scales))
     if not has_own_guidance(field):
         return guided(field, null_text, guidance_scale)
     return lambda x_t, t, text: field(x_t, t, text, t.new_full((len(t),), guidance_scale))

@@ -77,8 +77,8 @@ def _table(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _notes(about: About, *, comfyui: bool) -> Iterable[str]:
-    scale = about.card.guidance_scale
-    yield f"- Steps, guidance and size are those of the training. Guidance of {scale:g} was distilled into"
+    scale = _guidance(about.card)
+    yield f"- Steps, guidance and size are those of the training. Guidance of {scale} was distilled into"
     yield "  it, and no negative prompt is needed."
     if (boundary := about.card.boundary) is not None:
         yield f"- The experts meet at t = {boundary:.6g}, and a step must end there: with another number of"
@@ -100,11 +100,14 @@ def _sources(about: About) -> Iterable[Sequence[Any]]:
         if name not in ("teacher", "text"):
             yield (name, f"`{value}`")
     yield ("captions", f"`{about.card.text.get('digest', about.card.text['kind'])}`")
-    low_high = about.card.guidance_range
-    yield (
-        "guidance",
-        f"{low_high[0]:g} to {low_high[1]:g}" if low_high else f"{about.card.guidance_scale:g}",
-    )
+    yield ("guidance", _guidance(about.card))
+
+
+def _guidance(card: Card) -> str:
+    if card.guidance_range is not None:
+        return "{:g} to {:g}".format(*card.guidance_range)
+    second = f", {card.guidance_scale_2:g} of the second network" if card.guidance_scale_2 else ""
+    return f"{card.guidance_scale:g}{second}"
 
 
 def _losses(run: Path) -> str:

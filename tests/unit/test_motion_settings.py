@@ -26,6 +26,11 @@ REFUSED = {
     "mix.recorded_share": lambda: MixConfig(real_share=0.7, recorded_share=0.4, trajectories="paths"),
     "mix.trajectories": lambda: MixConfig(real_share=0.5, recorded_share=0.5),
     "guidance_range": lambda: motion(guidance_range=(3.0, 2.0)),
+    "guidance_scale_2": lambda: motion(guidance_scale_2=3.0),
+    "guidance_scale_2 ": lambda: DistillConfig(
+        experts="dual_full", guidance_scale_2=3.0, guidance_range=(2.0, 3.0)
+    ),
+    "guidance_scale_2  ": lambda: DistillConfig(guidance_scale_2=-1.0),
     "max_images": lambda: motion(max_images=-1),
     "max_images ": lambda: motion(max_images=100),
     "images": lambda: motion(motion=MotionConfig(objective=JUDGED)),

@@ -26,6 +26,7 @@ from raydistill.errors import CorruptArtifact, InvalidValue, MissingArtifact, Mi
 from raydistill.models.codec import load_codec
 from raydistill.models.lora import FILE
 from raydistill.models.prompts import PromptEncoder
+from raydistill.models.teacher import load_whole_teacher
 from raydistill.pipelines.comfyui import branches_of
 from raydistill.pipelines.folder import Wanted, export_pipeline
 from raydistill.pipelines.schedulers import fit_flow
@@ -119,6 +120,23 @@ def test_a_folder_without_an_expert_is_wans_own(exported):
         assert boundary in done.steps.times
     index = json.loads((exported["wan21", "single"][2].folder / "model_index.json").read_text())
     assert (index["transformer_2"], index["boundary_ratio"]) == ([None, None], None)
+
+
+def test_the_teachers_tail_has_the_second_networks_guidance(exported, tmp_path):
+    _, pipeline, _ = exported["wan22", "dual_full"]
+    student, _ = save_real_student(tmp_path, "wan22", "dual_full", pipeline, guidance_scale_2=2.5)
+    loaded, pair = load_student(student, pipeline), load_whole_teacher(pipeline).requires_grad_(False)
+    text, null = (PromptEncoder(pipeline)([said]) for said in (PROMPT, ""))
+    x, w = pipeline_cases.latents_of("wan22", batch=1), {0.9: pipeline_cases.GUIDANCE, 0.5: 2.5}
+    for t, scale in w.items():
+        time = torch.tensor([t], dtype=torch.float64)
+        with torch.no_grad():
+            cond, uncond = (pair(x, time, one) for one in (text, null))
+            torch.testing.assert_close(
+                loaded.fields["teacher"](x, time, text), uncond + scale * (cond - uncond)
+            )
+    done = export_pipeline(student, pipeline, tmp_path / "out", Wanted(name="small"))
+    assert "2.5 of the second network" in (done.folder / "README.md").read_text()
 
 
 def test_comfyuis_lora_of_wan_is_read_back_by_diffusers(exported):

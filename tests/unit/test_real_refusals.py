@@ -133,6 +133,10 @@ def test_two_networks_meet_where_the_grid_says(saved):
     require_own_networks(
         DistillConfig(teacher=str(saved["wan22"]), grid=grid, boundary=right, experts="dual_full")
     )
+    with pytest.raises(InvalidValue, match=r"guidance_scale_2 = 3\.0: 0: this teacher has one network"):
+        require_own_networks(
+            DistillConfig(teacher=str(saved["wan21"]), experts="dual_full", guidance_scale_2=3.0)
+        )
     with pytest.raises(InvalidValue, match="experts = 'single': dual_full"):
         require_own_networks(DistillConfig(teacher=str(saved["wan22"]), grid=grid, experts="single"))
 

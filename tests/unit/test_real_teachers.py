@@ -115,6 +115,22 @@ def test_a_whole_run_is_the_pipelines(case, pipeline):
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+def test_each_of_two_networks_may_have_its_own_guidance(case, pipeline):
+    kind, folder, encode = case
+    if kind != "wan22":
+        assert boundary_ratio(folder) is None
+        return
+    noise = latents_of(kind)
+    theirs = sampled(pipeline, kind, noise, 4, guidance_scale_2=20.0)
+    teacher = load_whole_teacher(folder, GUIDANCE).requires_grad_(False)
+    field = guide_teacher(teacher, encode([""])[0], GUIDANCE, 20.0)
+    times = torch.tensor(times_of(pipeline, kind), dtype=torch.float64)
+    with torch.no_grad():
+        ours = solve(load_schedule(folder), field, noise, times, encode(PROMPTS))
+    assert (ours - sampled(pipeline, kind, noise, 4)).abs().max() > 1e-2
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
 def test_latents_are_normalised_as_the_pipeline_does(case, pipeline):
     kind, folder, _ = case
     codec, z, vae = load_codec(folder), latents_of(kind, batch=1), pipeline.vae

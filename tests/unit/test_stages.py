@@ -10,6 +10,7 @@ from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig, 
 from raydistill.config.stages import DetailConfig, OptimizerConfig, SemanticConfig
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.errors import InvalidValue
+from raydistill.experts import stages
 from raydistill.experts.analyse import analyse, propose_boundary
 from raydistill.experts.loop import distill, draw
 from raydistill.experts.stages import Given, build_segment, build_stage
@@ -228,6 +229,15 @@ def test_two_full_experts_share_nothing():
     stage = _stage(replace(CONFIG, experts="dual_full"), "detail", first)
     assert all(p.requires_grad for p in stage.student.parameters())
     assert not {id(p) for p in stage.student.parameters()} & {id(p) for p in first.parameters()}
+
+
+def test_each_of_two_networks_is_guided_by_its_own_scale(monkeypatch):
+    asked = []
+    guide = stages.guide_teacher
+    monkeypatch.setattr(stages, "guide_teacher", lambda *given: asked.append(given[2]) or guide(*given))
+    config = replace(CONFIG, experts="dual_full", guidance_scale=4.0, guidance_scale_2=3.0)
+    _stage(config, "detail", _stage(config).student)
+    assert asked == [4.0, 3.0]
 
 
 def test_activation_checkpointing_changes_no_number():
