@@ -184,8 +184,8 @@ class DistillConfig:
     guidance_scale: float = 2.0
     """Classifier-free guidance of the teacher, w in uncond + w (cond - uncond); 1 is off."""
     guidance_scale_2: float = 0.0
-    """Guidance of the second network of a teacher that has two, by its name in Wan2.2's pipeline (published: 4
-    and 3); 0: guidance_scale."""
+    """Guidance of the second network of a teacher that has two, by its name in Wan2.2's pipeline (published:
+    4 and 3); 0: guidance_scale."""
     guidance_range: tuple[float, ...] = ()
     """Lowest and highest w, drawn for each sample (MCM's code says 5 to 15 and means 6 to 16, for it counts
     from 0); empty: guidance_scale for all."""
