@@ -20,6 +20,7 @@ from torch import Tensor
 from raydistill.artifacts import fingerprint, tree_files, write_json
 from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, TimeGrid
 from raydistill.errors import CorruptArtifact, MissingArtifact, SamplingError, StaleArtifact, UnknownKey
+from raydistill.models.casting import cast_parameters
 from raydistill.models.expert import add_detail, load_own_state, own_state
 from raydistill.models.folders import codec_digest, teacher_digest
 from raydistill.models.guidance import guide_teacher
@@ -203,12 +204,14 @@ def load_student(
     *,
     merged: bool = True,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Student:
     """Load a student onto `device`; with the teacher's folder also plans with a teacher's tail can run.
 
     A motion student is nothing without its teacher's folder (MissingArtifact).
     merged: LoRA is folded into weights of the student's own, the fastest form. False keeps base and branch
-    apart: bit-equal to what was trained, smaller in memory.
+    apart: bit-equal to what was trained, smaller in memory. dtype: of the weights; bfloat16 halves them, and
+    the state of sampling stays as it is.
     Raises what `read_card` raises. The teacher must be the one it was distilled from (StaleArtifact).
     """
     folder = Path(path)
@@ -221,6 +224,8 @@ def load_student(
         network = load_whole_teacher(teacher, card.guidance_scale).requires_grad_(False)
     experts = _experts(folder, card, network, merged=merged)
     # Not before: files and new layers come on the CPU.
+    for module in (*experts.values(), *([network] if network is not None else [])):
+        cast_parameters(module, dtype)
     fields: dict[str, VelocityField] = {name: expert.to(device) for name, expert in experts.items()}
     if network is not None:
         own = (folder / NULL).is_file()

@@ -93,6 +93,9 @@ class WorkerConfig:
     """Longest side of a preview, in pixels."""
     device: str = "cpu"
     """Where the networks run: cpu, cuda."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of student and teacher; bf16 halves their memory. The state between steps, codec and text encoder stay
+    as they were trained."""
     threads: int = 1
     """Threads of torch per replica on the CPU."""
     merge: bool = False

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from raydistill.config.stages import OptimizerConfig
 from raydistill.experts.parts import KINDS, Parts, save_parts
+from raydistill.models.casting import cast_parameters
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, num_steps: int) -> float:
@@ -156,10 +157,3 @@ class TorchEngine:
             if self.steps:
                 for key in KINDS[1:]:
                     yield f"{key}/{name}", self._optimizer.state[master][key]
-
-
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast parameters in place, and nothing else: Wan's rotary tables, which are buffers, would lose 2e-2."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module

@@ -15,8 +15,8 @@ from raydistill.errors import InvalidValue
 from raydistill.experts.averages import SlowCopy, follow
 from raydistill.experts.companions import Companion, build_companions
 from raydistill.experts.engine import Engine, build_engine
-from raydistill.experts.plain_engine import cast_parameters
 from raydistill.experts.semantic import Networks, Segment
+from raydistill.models.casting import cast_parameters
 from raydistill.models.expert import add_detail, copy_trainable
 from raydistill.models.folders import boundary_ratio
 from raydistill.models.guidance import guide_teacher, guide_teacher_by

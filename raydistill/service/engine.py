@@ -12,7 +12,7 @@ from torch import Tensor
 from raydistill.config.serve import WorkerConfig
 from raydistill.errors import StaleArtifact
 from raydistill.models.codec import load_codec
-from raydistill.models.prompts import PromptEncoder
+from raydistill.models.prompts import PRECISIONS, PromptEncoder
 from raydistill.models.protocols import TextEncoder
 from raydistill.models.text import WORD_VECTORS, WordVectors
 from raydistill.sampler import SamplingPlan, keyed_noise, take_step
@@ -42,6 +42,7 @@ class Engine:
             folder / "teacher" if self.card.has_teacher else None,
             merged=config.merge,
             device=config.device,
+            dtype=PRECISIONS[config.precision],
         )
         self.student.require_codec(folder / "codec")
         self.codec = load_codec(folder / "codec").to(config.device)

@@ -52,6 +52,20 @@ def test_a_bundle_makes_what_its_student_makes(case):
     assert engine.preview(x) is not None
 
 
+def test_half_precision_halves_the_weights_and_keeps_the_state(case):
+    _, _, _, made = case
+    exact, half = (Engine(made.folder, WorkerConfig(precision=one)) for one in ("fp32", "bf16"))
+    networks = [field for field in half.student.fields.values() if isinstance(field, torch.nn.Module)]
+    assert networks
+    assert all(p.dtype == torch.bfloat16 for one in networks for p in one.parameters())
+    card, text = exact.card, exact.encode(PROMPT)
+    request = {"seed": 3, "plan": "2", "latent": card.shapes[0].latent}
+    noise = exact.noise(request)
+    ours, theirs = (engine.step(request, 0, noise, text)[1] for engine in (exact, half))
+    assert theirs.dtype == torch.float32
+    assert 0 < (theirs - ours).norm() < 0.05 * ours.norm()
+
+
 def test_a_bundle_holds_what_is_needed_and_no_more(case):
     kind, _, _, made = case
     tops = {name.partition("/")[0] for name in made.card.files}

@@ -20,7 +20,7 @@ from pipeline_cases import (
 
 from raydistill.artifacts import tree_digest
 from raydistill.consistency.solver import solve
-from raydistill.experts.plain_engine import cast_parameters
+from raydistill.models.casting import cast_parameters
 from raydistill.models.codec import load_codec
 from raydistill.models.cogvideox import CogVideoXField
 from raydistill.models.folders import boundary_ratio, network_folders, teacher_digest
