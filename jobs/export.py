@@ -15,13 +15,21 @@ from raydistill.config.load import from_command_line, read_early, run
 if __name__ == "__main__":
     read_early(ExportConfig)
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from raydistill.artifacts import tree_digest
 from raydistill.consistency.schedule import SAME_TIME
 from raydistill.errors import ArtifactError, disk_full_explained
+from raydistill.models.folders import located, read_index
 from raydistill.pipelines.folder import Wanted, export_pipeline
 from raydistill.service.bundle import BundleCard
-from raydistill.service.export import export_bundle
+from raydistill.service.export import export_bundle, plan_card
+from raydistill.service.scores import read_scores
+from raydistill.student import read_card
+
+SMALL_WORLD = "raydistill/world/weights/codec"
 
 
 def plan_line(card: BundleCard, name: str) -> str:
@@ -42,7 +50,7 @@ def bundle(config: ExportConfig) -> None:
     with disk_full_explained(output, ArtifactError):
         made = export_bundle(
             config.student,
-            config.codec,
+            codec_of(config),
             output,
             name=config.bundle_name,
             fps=config.fps,
@@ -52,6 +60,8 @@ def bundle(config: ExportConfig) -> None:
             scores=config.scores or None,
             default_plan=config.default_plan or None,
             text=config.text or None,
+            device=config.device,
+            preview=config.preview,
         )
     card = made.card
     print(f"{output}: {card.label}, {megabytes(output)}{'' if made.written else ', was there already'}")
@@ -69,16 +79,41 @@ def bundle(config: ExportConfig) -> None:
 def pipeline(config: ExportConfig) -> None:
     """Write the folder for diffusers, and say what is in it."""
     output = Path(config.pipeline)
-    asked = Wanted(name=config.bundle_name, fps=config.fps, plan=config.pipeline_plan, license=config.license)
+    asked = Wanted(
+        name=config.bundle_name,
+        fps=config.fps,
+        plan=config.pipeline_plan,
+        path=config.pipeline_path,
+        license=config.license,
+        scores=scores_of(config),
+    )
     with disk_full_explained(output, ArtifactError):
         made = export_pipeline(config.student, config.teacher, output, asked)
     print(f"{output}: {made.kind}, {megabytes(output)}{'' if made.written else ', was there already'}")
-    print(f"  {type(made.steps.scheduler).__name__}, t = {', '.join(f'{t:.6g}' for t in made.steps.times)}")
-    if (off := max(abs(a - b) for a, b in zip(made.steps.times, made.stored, strict=True))) > SAME_TIME:
-        print(f"  the stored plan's times are {', '.join(f'{t:.6g}' for t in made.stored)}: off by {off:.2g}")
+    print(f"  t = {', '.join(f'{t:.6g}' for t in made.steps.times)}, {made.steps.plan.path}")
+    if max(abs(a - b) for a, b in zip(made.steps.times, made.steps.bare, strict=True)) > SAME_TIME:
+        print(f"  by the scheduler's config alone {', '.join(f'{t:.6g}' for t in made.steps.bare)}")
     if made.comfyui is not None:
         print(f"  for ComfyUI: {made.comfyui}")
     print(f"  how to sample: {output / 'README.md'}")
+
+
+def codec_of(config: ExportConfig) -> str:
+    """The codec, or where none is named, that of the teacher's pipeline, or the small world's."""
+    if config.codec:
+        return config.codec
+    whole = config.teacher and read_index(located(config.teacher, weights=False))
+    return config.teacher if whole else SMALL_WORLD
+
+
+def scores_of(config: ExportConfig) -> Mapping[str, Any]:
+    """What an evaluation measured of the student's plans."""
+    if not config.scores:
+        return {}
+    card, plans = read_card(Path(config.student))
+    cards = {name: plan_card(plan, card) for name, plan in plans.items()}
+    sources = {**card.sources, "student": tree_digest(config.student)}
+    return read_scores(config.scores, sources, cards, card.guidance_scale)
 
 
 def megabytes(folder: Path) -> str:

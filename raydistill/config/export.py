@@ -3,12 +3,19 @@
 import re
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Literal
 
 from omegaconf import MISSING
 
 from raydistill.config.checks import at_least
 from raydistill.errors import InvalidValue, MissingValue
 
+LICENSE = "[a-z0-9][a-z0-9.-]*"
+EFFECTIVE = {
+    "output": ("sizes", "teacher_steps", "default_plan", "text"),
+    "pipeline": ("pipeline_plan", "pipeline_path", "license"),
+}
+"""Settings that say something of one of the two folders."""
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -18,8 +25,9 @@ class ExportConfig:
 
     student: str = MISSING
     """Folder of the student, as jobs/distill.py left it: <output>/student."""
-    codec: str = "raydistill/world/weights/codec"
-    """Folder of the codec that the student was distilled with."""
+    codec: str = ""
+    """Codec that the student was distilled with, a folder or a name on the hub. Empty: that of teacher, where
+    that is a pipeline; otherwise the small world's."""
     teacher: str = ""
     """Folder of the student's teacher: copied if a plan with its tail or a motion student needs it. Without,
     such plans are left out."""
@@ -34,10 +42,16 @@ class ExportConfig:
     student in it, a scheduler with its times, a LoRA for ComfyUI where it is one, a model card. Needs
     teacher, the folder or the hub name of a whole pipeline; empty: none."""
     pipeline_plan: str = ""
-    """Plan whose times the pipeline's scheduler has. Empty: 4 if there is such a plan, else that of most
-    steps."""
+    """Plan whose times the pipeline has. Empty: 4 if there is such a plan, else that of most steps."""
+    pipeline_path: Literal["", "deterministic", "renoise"] = ""
+    """The way between that plan's times, see sampling.path of jobs/distill.py. Empty: the plan's own; of two
+    experts diffusers can go deterministic alone, of U-Nets it can re-noise alone."""
     license: str = ""
     """Licence of the exported weights for the model card, as the hub abbreviates it, apache-2.0."""
+    device: str = "cpu"
+    """Where the bundle's preview map is fitted, to six clips that the student makes: cpu, cuda."""
+    preview: bool = True
+    """Fit it. Without, worker.previews=linear cannot be asked of the server."""
     text: str = ""
     """Pipeline with the text encoder of a real teacher's captions, for the bundle. Empty: the teacher's."""
     name: str = ""
@@ -56,10 +70,7 @@ class ExportConfig:
     def __post_init__(self):
         """Check what can be checked without reading files."""
         at_least("fps", self.fps, 1)
-        if not self.output and not self.pipeline:
-            raise MissingValue("output", "nothing to write: a folder for the bundle, or pipeline=FOLDER")
-        if self.pipeline and not self.teacher:
-            raise MissingValue("teacher", "its pipeline's codec and text encoder are part of what is written")
+        self._check_targets()
         for size in self.sizes:
             require_size(size)
         for steps in self.teacher_steps:
@@ -68,6 +79,21 @@ class ExportConfig:
             raise MissingValue("teacher", "plans of the teacher were asked for: name its folder")
         if self.name:
             require_name(self.name)
+
+    def _check_targets(self):
+        """What is written, and settings of what is not."""
+        if not self.output and not self.pipeline:
+            raise MissingValue("output", "nothing to write: a folder for the bundle, or pipeline=FOLDER")
+        if self.pipeline and not self.teacher:
+            raise MissingValue("teacher", "its pipeline's codec and text encoder are part of what is written")
+        if self.license and not re.fullmatch(LICENSE, self.license):
+            raise InvalidValue(
+                "license", self.license, "an identifier of the hub, such as apache-2.0 or other"
+            )
+        for target, keys in EFFECTIVE.items():
+            for key in keys:
+                if (value := getattr(self, key)) and not getattr(self, target):
+                    raise InvalidValue(key, value, f"left out without {target}, which it is about")
 
     @property
     def bundle_name(self) -> str:

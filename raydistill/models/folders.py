@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.artifacts import commit_file, file_sha256, fingerprint
-from raydistill.errors import MissingArtifact
+from raydistill.errors import InvalidValue, MissingArtifact
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -62,11 +62,15 @@ def network_folders(name: str | Path, *, weights: bool = False) -> tuple[Path, .
     """Return the folders of a teacher's networks: one, or two where its pipeline has a pair.
 
     From the hub come their configs, and with `weights` all. Raises MissingArtifact for a pipeline without,
-    and what `located` raises.
+    InvalidValue for a variant that is not known, and what `located` raises.
     """
     folder = located(name, NETWORKS, weights=weights)
     if not (index := read_index(folder)):
         return (folder,)
+    if index.get("expand_timesteps"):
+        raise InvalidValue(
+            "expand_timesteps", True, "false: Wan2.2's TI2V, a time for each token, is not known"
+        )
     found = tuple(folder / part for part in NETWORKS if (folder / part / CONFIG).is_file())
     if not found:
         raise MissingArtifact(f"{folder} is a {index['_class_name']} without {', '.join(NETWORKS)}")
@@ -113,8 +117,16 @@ def copy_durably(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as theirs, open(target, "wb") as ours:
         shutil.copyfileobj(theirs, ours, 1 << 20)
-        ours.flush()
-        os.fsync(ours.fileno())
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk keep a file or a folder's names."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -132,6 +144,28 @@ def names_in(folder: Path, parts: Sequence[str]) -> list[str]:
     return [name for name in names if name == INDEX or name.partition("/")[0] in parts]
 
 
+def require_whole(folder: Path) -> None:
+    """Check that every part which a pipeline's index names is there, a model with all of its safetensors.
+
+    Raises MissingArtifact.
+    """
+    for part, value in read_index(folder).items():
+        if not isinstance(value, list) or value == [None, None]:
+            continue
+        names = files_of(folder / part) if (folder / part).is_dir() else []
+        if not names:
+            raise MissingArtifact(f"{folder / INDEX} names {part}, of which nothing is there: copy it too")
+        shards = {name for name in names if name.endswith(".safetensors")}
+        for listed in (name for name in names if name.endswith(".safetensors.index.json")):
+            wanted = set(json.loads((folder / part / listed).read_bytes())["weight_map"].values())
+            if lost := sorted(wanted - shards):
+                raise MissingArtifact(f"{folder / part} lacks {', '.join(lost)}: copy it again")
+        if CONFIG in names and not shards:
+            raise MissingArtifact(
+                f"{folder / part} has no safetensors weights: convert them, pickled ones are never read"
+            )
+
+
 def model_digest(folder: Path) -> str:
     """Return one sha256 over the names and contents of a model's files. Raises MissingArtifact for none."""
     if not (names := files_of(folder)):
@@ -143,12 +177,15 @@ def model_digest(folder: Path) -> str:
 def built_beside(output: Path) -> Generator[Path, None, None]:
     """Give a folder to fill that becomes `output` at the end: whole, or not there at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".{output.name}.*.part"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for left in output.parent.iterdir():  # of a run that was killed
+        if re.fullmatch(rf"\.{re.escape(output.name)}\.[0-9a-f]{{8}}\.part", left.name):
+            shutil.rmtree(left, ignore_errors=True)
     beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         beside.mkdir()
         yield beside
+        for path in beside.rglob("*"):
+            _sync(path)
         commit_file(beside, output)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

@@ -18,6 +18,7 @@ from typing import Any
 from diffusers import __version__ as diffusers_version
 
 from raydistill.artifacts import tree_digest, tree_files, write_json
+from raydistill.config.export import require_name
 from raydistill.errors import CorruptArtifact, InvalidValue, MissingArtifact, StaleArtifact
 from raydistill.models.folders import (
     INDEX,
@@ -29,8 +30,11 @@ from raydistill.models.folders import (
     located,
     network_folders,
     read_index,
+    require_whole,
+    teacher_digest,
 )
 from raydistill.models.lora import FILE as LORA
+from raydistill.models.lora import merge
 from raydistill.models.prompts import CLIPS, LENGTHS, prompts_identity
 from raydistill.pipelines.comfyui import has_comfyui, write_comfyui
 from raydistill.pipelines.model_card import About, card_text
@@ -52,8 +56,6 @@ class Exported:
     kind: str
     """Class of the pipeline."""
     steps: Steps
-    stored: tuple[float, ...]
-    """Times of the student's own plan."""
     comfyui: Path | None
     written: bool
     """False: it was there already."""
@@ -66,7 +68,9 @@ class Wanted:
     name: str
     fps: int = 8
     plan: str = ""
-    """Name of a stored plan; empty: '4', or else the one of most steps that a pipeline can take."""
+    """Name of a stored plan; empty: '4', or else the one of most steps."""
+    path: str = ""
+    """'deterministic' or 'renoise' in place of the plan's own."""
     license: str = ""
     scores: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Figures of an evaluation by plan, as in a bundle's card."""
@@ -75,10 +79,12 @@ class Wanted:
 def export_pipeline(student: str | Path, teacher: str | Path, output: str | Path, wanted: Wanted) -> Exported:
     """Write the folder beside `output`, then rename; the same one there already is left as it is.
 
-    teacher: folder or hub name of the teacher's whole pipeline. Raises MissingArtifact for one that is not,
-    StaleArtifact for a teacher, codec or text encoder that is not the student's, InvalidValue for a plan that
-    diffusers' schedulers cannot take and for an `output` that holds something else.
+    teacher: folder or hub name of the teacher's whole pipeline. Everything is checked first. Raises
+    MissingArtifact for a pipeline that is not whole, StaleArtifact for a teacher, codec or text encoder that
+    is not the student's, InvalidValue for a plan that diffusers' schedulers cannot take and for an `output`
+    that holds something else.
     """
+    require_name(wanted.name)
     student, output = Path(student), Path(output)
     card, plans = read_card(student)
     index = read_index(located(teacher, weights=False))
@@ -89,15 +95,16 @@ def export_pipeline(student: str | Path, teacher: str | Path, output: str | Path
             "its codec and text encoders"
         )
     base = located(teacher, [part for part, value in index.items() if isinstance(value, list)])
+    require_whole(base)
     _require_same_parts(card, base)
     plan = wanted.plan or _default_plan(plans)
     if plan not in plans:
         raise InvalidValue("pipeline_plan", plan, f"one of {', '.join(plans)}")
-    steps = steps_of(kind, card, plans[plan], plan)
-    stored = tuple(one.t for one in plans[plan].jumps)
+    steps = steps_of(kind, card, plans[plan], plan, wanted.path)
     made = {
         "version": VERSION,
         "student": tree_digest(student),
+        "teacher": str(teacher),
         "pipeline": kind,
         "wanted": asdict(wanted),
         "plan": steps.plan.to_dict(),
@@ -105,28 +112,30 @@ def export_pipeline(student: str | Path, teacher: str | Path, output: str | Path
     }
     lora = _keeps_lora(card, kind)
     comfyui = output / "comfyui" / f"{wanted.name}.safetensors" if lora and has_comfyui(kind) else None
-    if _same_there(output, made):
-        return Exported(output, kind, steps, stored, comfyui, written=False)
-    about = About(card, student, str(teacher), kind, steps, stored, wanted.name, wanted.fps, wanted.license)
+    done = Exported(output, kind, steps, comfyui, written=not _same_there(output, made))
+    if not done.written:
+        return done
+    about = About(card, student, str(teacher), kind, steps, wanted.name, wanted.fps, wanted.license)
+    text = card_text(about, lora=lora, comfyui=comfyui is not None, scores=wanted.scores.get(plan, {}))
     with built_beside(output) as beside:
         _copy_parts(base, beside, keep_network=lora)
-        ratio = None
         if lora:
             copy_durably(student / LORA, beside / LORA)
         else:
-            ratio = _save_networks(student, teacher, beside, kind, steps)
+            _write_networks(student, teacher, card, beside)
         if comfyui:
             write_comfyui(kind, student / LORA, beside / "comfyui" / comfyui.name, card)
         steps.scheduler.save_pretrained(beside / "scheduler")
-        _write_index(base, beside, kind, ratio)
-        text = card_text(about, lora=lora, comfyui=comfyui is not None, scores=wanted.scores.get(plan, {}))
+        _write_index(base, beside, card, steps)
         (beside / "README.md").write_text(text, encoding="utf-8")
         write_json(beside / RECORD, {**made, "sha256": tree_files(beside)})
-    return Exported(output, kind, steps, stored, comfyui, written=True)
+    return done
 
 
 def _require_same_parts(card: Card, base: Path) -> None:
-    """Codec and text encoder must be those of the student's data. Raises StaleArtifact."""
+    """Teacher, codec and text encoder must be those of the student. Raises StaleArtifact."""
+    if card.sources.get("teacher") not in (None, teacher_digest(base)):
+        raise StaleArtifact(f"this student was distilled from another teacher than that of {base}")
     if card.sources.get("codec") not in (None, codec_digest(base)):
         raise StaleArtifact(f"this student makes latents of another codec than that of {base}")
     text = card.text
@@ -161,8 +170,8 @@ def _same_there(output: Path, made: Mapping[str, Any]) -> bool:
         raise InvalidValue("pipeline", str(output), f"something else is there ({other!r}): {do}") from other
     if there != json.loads(json.dumps(made)):
         raise InvalidValue("pipeline", str(output), f"another export is there: {do}")
-    found = tree_files(output)
-    if wrong := sorted(name for name, digest in promised.items() if found.get(name) != digest):
+    found = {name: digest for name, digest in tree_files(output).items() if name != RECORD}
+    if wrong := sorted({*promised, *found} - {n for n in found if promised.get(n) == found[n]}):
         raise CorruptArtifact(f"{output}: {', '.join(wrong)} are not as they were exported: {do}")
     return True
 
@@ -179,27 +188,33 @@ def _copy_parts(base: Path, beside: Path, *, keep_network: bool) -> None:
             copy_durably(base / part / name, beside / part / name)
 
 
-def _save_networks(student: Path, teacher: str | Path, beside: Path, kind: str, steps: Steps) -> float | None:
-    """Write the student's networks; returns Wan's boundary_ratio where there are two."""
-    loaded = load_student(student, teacher)
-    first = network_folders(teacher)[0].name
-    names = {"semantic": first, "detail": "transformer_2"}
+def _write_networks(student: Path, teacher: str | Path, card: Card, beside: Path) -> None:
+    """Write the student's networks whole, the first by its name in the teacher's pipeline.
+
+    What lies in the student's folder as diffusers has it is copied; only branches are loaded, to be folded.
+    """
+    names = {"semantic": network_folders(teacher)[0].name, "detail": "transformer_2"}
+    loaded: Mapping[str, Any] = {}
+    if card.first_lora is not None or card.kind == "dual":
+        on = teacher if card.first_lora is not None else None
+        loaded = load_student(student, on, merged=False).fields  # both experts over one base
     for expert, name in names.items():
-        if expert in loaded.fields:
-            field: Any = loaded.fields[expert]
-            field.network.save_pretrained(beside / name, safe_serialization=True)
-    boundary = loaded.card.boundary
-    if boundary is None or kind != "WanPipeline":
-        return None
-    return boundary_ratio_of(boundary, loaded.card.grid, steps.times)
+        if (student / expert).is_dir():
+            for file in files_of(student / expert):
+                copy_durably(student / expert / file, beside / name / file)
+        elif expert in loaded:
+            # Detail branches fold into layers of their own; the base that both share is not touched.
+            merge(loaded[expert]).network.save_pretrained(beside / name, safe_serialization=True)
 
 
-def _write_index(base: Path, beside: Path, kind: str, ratio: float | None) -> None:
+def _write_index(base: Path, beside: Path, card: Card, steps: Steps) -> None:
     """Name the parts as the pipeline's class loads them."""
     index = {**read_index(base), "_diffusers_version": diffusers_version}
-    scheduler = json.loads((beside / "scheduler" / "scheduler_config.json").read_bytes())["_class_name"]
-    index["scheduler"] = ["diffusers", scheduler]
-    if kind == "WanPipeline":
-        second = ["diffusers", "WanTransformer3DModel"] if ratio else [None, None]
+    index["scheduler"] = ["diffusers", type(steps.scheduler).__name__]
+    if index["_class_name"] == "WanPipeline":
+        two = card.boundary is not None
+        second = ["diffusers", "WanTransformer3DModel"] if two else [None, None]
+        times = (*steps.times, *steps.bare)
+        ratio = boundary_ratio_of(card.boundary, card.grid, times) if card.boundary is not None else None
         index |= {"transformer_2": second, "boundary_ratio": ratio}
     write_json(beside / INDEX, index)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from omegaconf import OmegaConf
 
+from raydistill.config.stages import OBJECTIVE_TERMS
 from raydistill.models.folders import HUB_NAME
 from raydistill.pipelines.schedulers import Steps
 from raydistill.pipelines.usage import usage_of
@@ -20,7 +22,8 @@ METHODS = {
     "single": "one consistency model for the whole path (LCM, arXiv 2310.04378)",
     "motion": "MCM (arXiv 2406.06890): motion of videos, appearance of images, one LoRA for the whole path",
 }
-TERMS = ("consistency", "motion", "temporal_coherence", "appearance", "adversarial", "feature_matching")
+OLDEST = "0.42"
+"""Release of diffusers: older ones do not know `dtype`, nor a LoRA's alpha beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,6 @@ class About:
     kind: str
     """Class of the pipeline."""
     steps: Steps
-    stored: Sequence[float]
-    """Times of the student's own plan."""
     name: str
     fps: int
     license: str
@@ -45,10 +46,9 @@ class About:
 
 def card_text(about: About, *, lora: bool, comfyui: bool, scores: Mapping[str, Any]) -> str:
     """Write the card: how to sample, times, what it was made of, losses, scores, licence."""
-    hub = about.teacher if HUB_NAME.fullmatch(about.teacher) and not Path(about.teacher).exists() else None
     data = ModelCardData(
         license=about.license or None,
-        base_model=hub,
+        base_model=about.teacher if _on_hub(about.teacher) else None,
         library_name="diffusers",
         pipeline_tag="text-to-video",
         tags=["raydistill", "few-step", "lora" if lora else about.card.kind.replace("_", "-")],
@@ -60,7 +60,8 @@ def card_text(about: About, *, lora: bool, comfyui: bool, scores: Mapping[str, A
         f"Text to video in {count} step{'s' * (count > 1)}, {about.steps.plan.passes()} network passes. Made "
         f"with raydistill: {METHODS[about.card.kind]}.",
         f"## Sampling\n\n```python\n{usage_of(about.kind, about.card, about.steps, about.fps, lora=lora)}```",
-        "\n".join(_notes(about, comfyui=comfyui)),
+        "\n".join(_notes(about)),
+        *([_comfyui(about)] if comfyui else []),
         f"## Times\n\n{_table(_times(about))}",
         f"## Made of\n\n{_table(_sources(about))}",
         f"## Losses\n\n{_losses(about.student.parent)}",
@@ -70,32 +71,47 @@ def card_text(about: About, *, lora: bool, comfyui: bool, scores: Mapping[str, A
     return "\n\n".join(parts) + "\n"
 
 
+def _on_hub(teacher: str) -> bool:
+    return bool(HUB_NAME.fullmatch(teacher)) and not Path(teacher).exists()
+
+
 def _table(rows: Iterable[Sequence[Any]]) -> str:
     """Lay out rows, the first of which is the head."""
     head, *body = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *body])
 
 
-def _notes(about: About, *, comfyui: bool) -> Iterable[str]:
-    scale = _guidance(about.card)
-    yield f"- Steps, guidance and size are those of the training. Guidance of {scale} was distilled into"
-    yield "  it, and no negative prompt is needed."
-    if (boundary := about.card.boundary) is not None:
-        yield f"- The experts meet at t = {boundary:.6g}, and a step must end there: with another number of"
-        yield "  steps the scheduler's times pass it by."
-    if comfyui:
-        yield f"- `comfyui/{about.name}.safetensors` is the same LoRA for ComfyUI's own loader."
+def _notes(about: About) -> Iterable[str]:
+    yield f"- Needs diffusers {OLDEST} or later{', and peft' if about.card.first_lora else ''}."
+    yield "- Steps, guidance and size are those of the training. Guidance of "
+    yield f"  {_guidance(about.card)} was distilled into it, and no negative prompt is needed."
+    if about.card.boundary is not None:
+        yield f"- The experts meet at t = {about.card.boundary:.6g}, and a step must end there."
+    yield "- Without these times a call takes those of the scheduler's config: the last column below."
+
+
+def _comfyui(about: About) -> str:
+    how = "lcm" if about.steps.plan.path == "renoise" else "euler"
+    times = ", ".join(f"{t:.6g}" for t in (*about.steps.times, 0.0))
+    guidance = ""
+    if about.kind == "HunyuanVideoPipeline":
+        guidance = f", FluxGuidance {about.card.guidance_scale:g}"
+    return (
+        f"## ComfyUI\n\n`comfyui/{about.name}.safetensors` is the same LoRA, for LoraLoaderModelOnly at "
+        f"strength 1. Sampler `{how}`, cfg 1{guidance}, ManualSigmas `{times}` in place of a shift."
+    )
 
 
 def _times(about: About) -> Iterable[Sequence[Any]]:
-    yield ("step", "t", "of the stored plan", "network")
-    for k, (one, own) in enumerate(zip(about.steps.plan.jumps, about.stored, strict=True), start=1):
-        yield (k, f"{one.t:.6f}", f"{own:.6f}", one.expert)
+    yield ("step", "t", "network", "t by the config alone")
+    for k, (one, bare) in enumerate(zip(about.steps.plan.jumps, about.steps.bare, strict=True), start=1):
+        yield (k, f"{one.t:.6f}", one.expert, f"{bare:.6f}")
 
 
 def _sources(about: About) -> Iterable[Sequence[Any]]:
     yield ("what", "fingerprint")
-    yield (f"teacher {about.teacher}, {about.kind}", f"`{about.card.sources.get('teacher', 'not known')}`")
+    name = about.teacher if _on_hub(about.teacher) else Path(about.teacher).name  # where it lies is nobody's
+    yield (f"teacher {name}, {about.kind}", f"`{about.card.sources.get('teacher', 'not known')}`")
     for name, value in about.card.sources.items():
         if name not in ("teacher", "text"):
             yield (name, f"`{value}`")
@@ -115,15 +131,15 @@ def _losses(run: Path) -> str:
     settings, metrics = run / "config.yaml", run / "metrics.jsonl"
     if not settings.is_file() or not metrics.is_file():
         return "The run's settings and figures were not beside the student when it was exported."
-    config = OmegaConf.load(settings)
-    last = dict[str, Mapping[str, Any]]()
+    config, last = OmegaConf.load(settings), dict[str, Mapping[str, Any]]()
     for line in metrics.read_text(encoding="utf-8").splitlines():
-        one = json.loads(line)
-        last[one["stage"]] = one
+        with suppress(ValueError):  # a killed run's last line
+            one = json.loads(line)
+            last[one["stage"]] = one
     rows: list[Sequence[Any]] = [("stage", "steps", "term", "weight", "last value")]
     for stage, figures in last.items():
-        objective = OmegaConf.select(config, f"{stage}.objective")
-        for term in TERMS:
+        objective = OmegaConf.select(config, f"{stage}.objective") or {}
+        for term in OBJECTIVE_TERMS:
             if weight := objective.get(term, 0):
                 value = figures.get(f"loss/{term}")
                 rows.append((stage, figures["step"], term, f"{weight:g}", _figure(value)))

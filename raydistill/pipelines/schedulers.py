@@ -1,7 +1,8 @@
-"""The student's times as a scheduler of diffusers takes them, and our own plan at the very same times."""
+"""The student's times as pipelines of diffusers take them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from raydistill.sampler import SamplingPlan, plan_times
 from raydistill.student import Card
 
 TAKES_TIMES = {"HunyuanVideoPipeline": "sigmas", "CogVideoXPipeline": "timesteps"}
-"""Argument of a pipeline's call that holds the times; the others have what their scheduler's config says."""
+"""Argument of a pipeline's call that holds the times; others have what their scheduler says."""
 WIDEST = 3.0
 """Power of ten of the largest shift, and of the inverse of the smallest, that a fit may take."""
 
@@ -33,9 +34,11 @@ class Steps:
     scheduler: Any
     """Of diffusers, as it is saved with the pipeline."""
     plan: SamplingPlan
-    """Ours at the times that the scheduler has."""
+    """That the lines of the model card take."""
+    bare: tuple[float, ...]
+    """Where the steps start by the scheduler's config alone, in a call that names but their number."""
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What the pipeline's call is given beside the number of steps."""
+    """Times that the pipeline's call is given beside the number of steps."""
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -43,32 +46,37 @@ class Steps:
         return tuple(one.t for one in self.plan.jumps)
 
 
-def steps_of(kind: str, card: Card, plan: SamplingPlan, name: str) -> Steps:
+def steps_of(kind: str, card: Card, plan: SamplingPlan, name: str, path: str = "") -> Steps:
     """Give the scheduler with which the pipeline `kind`, a class of diffusers, takes the steps of a plan.
 
-    Wan's pipelines take no times: their scheduler is fitted, see `fit_flow`. All others have the plan's own.
+    path: 'deterministic' or 'renoise' in place of the plan's own. Flow schedulers are fitted, see `fit_flow`.
     Re-noising schedulers (LCM) noise the predicted clean data, so the plan that comes back ends at 0 even
     where the stored one was trained to end at `last`. Raises InvalidValue for a plan that no scheduler takes:
     with steps of the teacher, an extrapolating jump, two experts that re-noise, a U-Net's deterministic one.
     """
+    plan = replace(plan, path=cast(Any, path) or plan.path)
     if why := _not_taken(plan):
         raise _refused(kind, name, why)
     renoises = plan.path == "renoise" and len(plan.jumps) > 1
     if renoises:
         plan = plan_times((*(one.t for one in plan.jumps), 0.0), None, 0.0, "renoise")
     if not card.schedule:
-        return _flow_steps(kind, plan, renoises)
+        return _flow_steps(kind, card.grid, plan, renoises)
     steps = [round(1000 * one.t) - 1 for one in plan.jumps]
+    made = _lcm(card) if renoises or kind not in TAKES_TIMES else _dpm(card)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, about diffusers
+        made.set_timesteps(len(steps))
+    bare = tuple((step + 1) / 1000 for step in made.timesteps.tolist())
     if kind in TAKES_TIMES:
-        return Steps(_lcm(card) if renoises else _dpm(card), plan, {TAKES_TIMES[kind]: steps})
+        return Steps(made, plan, bare, {TAKES_TIMES[kind]: steps})
     if len(steps) > 1 and not renoises:
-        raise _refused(kind, name, "it takes no times, and its schedulers have LCM's, which re-noises")
-    made = _lcm(card)
-    made.set_timesteps(len(steps))
+        why = "it takes no times, and its schedulers have LCM's, which re-noises: pipeline_path=renoise"
+        raise _refused(kind, name, why)
     if made.timesteps.tolist() != steps:
         why = f"LCM's scheduler has timesteps {made.timesteps.tolist()}, the plan {steps}"
         raise _refused(kind, name, why)
-    return Steps(made, plan)
+    return Steps(made, plan, bare)
 
 
 def _not_taken(plan: SamplingPlan) -> str | None:
@@ -78,7 +86,7 @@ def _not_taken(plan: SamplingPlan) -> str | None:
     if any(one.extrapolates for one in plan.jumps):
         return "this one follows the semantic expert beyond its phase"
     if plan.path == "renoise" and len(plan.jumps) > 1 and plan.boundary is not None:
-        return "in this one two experts re-noise, each within its phase"
+        return "here two experts re-noise, each within its phase: pipeline_path=deterministic goes straight"
     return None
 
 
@@ -86,31 +94,31 @@ def _refused(kind: str, name: str, why: str) -> InvalidValue:
     return InvalidValue("pipeline_plan", name, f"a plan that diffusers' {kind} can take: {why}")
 
 
-def _flow_steps(kind: str, plan: SamplingPlan, renoises: bool) -> Steps:
+def _flow_steps(kind: str, grid: TimeGrid, plan: SamplingPlan, renoises: bool) -> Steps:
     made: Any = FlowMatchLCMScheduler if renoises else FlowMatchEulerDiscreteScheduler
-    if kind in TAKES_TIMES:
-        times = [one.t for one in plan.jumps]
-        return Steps(made(shift=1.0), plan, {TAKES_TIMES[kind]: times})
-    scheduler = fit_flow(made, plan)
-    scheduler.set_timesteps(len(plan.jumps))
-    found = tuple(float(sigma) for sigma in scheduler.sigmas.double()[:-1])
-    times = tuple(_exactly(t, plan.boundary) for t in found)
-    return Steps(scheduler, plan_times((*times, 0.0), plan.boundary, plan.last, plan.path))
+    count, times = len(plan.jumps), [one.t for one in plan.jumps]
+    ends_early = kind in TAKES_TIMES
+
+    def times_of(scheduler: Any) -> tuple[float, ...]:
+        """As the pipeline's own call sets them."""
+        own = np.linspace(1.0, 0.0, count + 1)[:-1] if ends_early else None
+        scheduler.set_timesteps(count, sigmas=own)
+        return tuple(scheduler.sigmas.double()[:-1].tolist())
+
+    scheduler = fit_flow(made, times, plan.boundary, times_of) or made(shift=grid.shift)
+    given = {TAKES_TIMES[kind]: times} if kind in TAKES_TIMES else {}
+    return Steps(scheduler, plan, times_of(scheduler), given)
 
 
-def _exactly(t: float, boundary: float | None) -> float:
-    """Give the boundary for what float32 made of it."""
-    return boundary if boundary is not None and abs(t - boundary) < SAME_TIME else t
+def fit_flow(
+    made: Any, times: Sequence[float], boundary: float | None, times_of: Callable[[Any], Sequence[float]]
+) -> Any | None:
+    """Fit a flow scheduler's two numbers, `shift` and `shift_terminal`, to the times where steps start.
 
-
-def fit_flow(made: Any, plan: SamplingPlan) -> Any:
-    """Fit a flow scheduler's two numbers, `shift` and `shift_terminal`, to a plan's times.
-
-    The last start is met exactly, and so is the boundary, which a jump must not cross; without one, or where
-    it is the last start, the middle one. So up to three steps are met whole. Raises InvalidValue where the
-    two numbers cannot do it.
+    times_of: the times that a pipeline gets of a scheduler. The last start is met exactly, and so is the
+    boundary, which a jump must not cross; without one, or where it is the last start, the middle one. So up
+    to three steps are met whole. None where the two numbers cannot do it.
     """
-    times, boundary = [one.t for one in plan.jumps], plan.boundary
     if len(times) == 1:
         return made(shift=1.0)
     terminal = {"shift_terminal": times[-1]}
@@ -120,16 +128,13 @@ def fit_flow(made: Any, plan: SamplingPlan) -> Any:
     anchor = at if 0 < at < len(times) - 1 else len(times) // 2
 
     def above(exponent: float) -> float:
-        scheduler = made(shift=10.0**exponent, **terminal)
-        scheduler.set_timesteps(len(times))
-        return float(scheduler.sigmas[anchor]) - times[anchor]
+        return times_of(made(shift=10.0**exponent, **terminal))[anchor] - times[anchor]
 
     # Wide shifts also draw the schedule's own end to the noise: only the first root has times apart.
     tried = np.linspace(-WIDEST, WIDEST, 61)
     signs = [above(x) >= 0 for x in tried]
     if signs[0] or not any(signs):
-        where = f"times whose number {anchor} lies where a shifted schedule can have it"
-        raise InvalidValue("pipeline_plan", [round(t, 6) for t in times], where)
+        return None
     k = signs.index(True)
     root = cast(float, brentq(above, tried[k - 1], tried[k], xtol=1e-12))
     return made(shift=10.0**root, **terminal)

@@ -1,13 +1,12 @@
 """The lines with which anybody samples from an exported folder: diffusers alone."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from raydistill.models.lora import FILE as LORA
 from raydistill.models.prompts import LENGTHS
-from raydistill.pipelines.schedulers import Steps
+from raydistill.pipelines.schedulers import TAKES_TIMES, Steps
 from raydistill.student import Card
 
 SECOND = {
@@ -32,25 +31,33 @@ second = {network}.from_pretrained(folder, subfolder="transformer_2", dtype=dtyp
 
 
 def switch(pipe, step, timestep, given):  # the second expert takes over after step {last}
-    pipe.transformer = second if step + 1 >= {count} else first
+    pipe.transformer = second if {count} <= step + 1 < {total} else first
     return given
 
-
-pipe.transformer = first
 """
+TIMES = """\
+times = {times}
+pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, shift=1.0, shift_terminal=None)
+"""
+TAKEN = "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=times)\n"
+"""Wan's call has no argument for times."""
 
 
 def usage_of(kind: str, card: Card, steps: Steps, fps: int, *, lora: bool) -> str:
     """Write the program: it runs in the folder as it stands, on a GPU or a CPU, and writes video.mp4."""
-    switches = kind in SECOND and card.boundary is not None
+    switches, count = kind in SECOND and card.boundary is not None, len(steps.plan.jumps)
     imported = ", ".join(sorted(["DiffusionPipeline", *([SECOND[kind]] if switches else [])]))
     lines = LOAD.format(imported=imported)
     if lora:
         lines += f'pipe.load_lora_weights(folder, weight_name="{LORA}")\n'
+    if not card.schedule:
+        lines += TIMES.format(times=list(steps.times))
+        if kind not in TAKES_TIMES:
+            lines = "from functools import partial\n\n" + lines + TAKEN
     if switches:
-        count = sum(one.expert == "semantic" for one in steps.plan.jumps)
-        lines += SWITCH.format(network=SECOND[kind], count=count, last=count)
-    lines += f'torch.manual_seed(0)\nframes = pipe(\n    "{PROMPT}",\n'
+        last = sum(one.expert == "semantic" for one in steps.plan.jumps)
+        lines += SWITCH.format(network=SECOND[kind], count=last, last=last, total=count)
+    lines += f'torch.manual_seed(0)\nframes = pipe(\n    "{PROMPT}",\n    num_inference_steps={count},\n'
     for name, value in arguments_of(kind, card, steps).items():
         lines += f"    {name}={value},\n"
     lines += "    callback_on_step_end=switch,\n" if switches else ""
@@ -58,19 +65,17 @@ def usage_of(kind: str, card: Card, steps: Steps, fps: int, *, lora: bool) -> st
 
 
 def arguments_of(kind: str, card: Card, steps: Steps) -> dict[str, Any]:
-    """What the pipeline's call is given, in print: steps, times, guidance, sizes, length of captions."""
+    """What the pipeline's call is given, in print: times, guidance, sizes, length of captions."""
     _, f, h, w = card.latent_shape
-    given: dict[str, Any] = {"num_inference_steps": len(steps.plan.jumps), **_plain(steps.arguments)}
+    given: dict[str, Any] = {
+        name: "times" if name == "sigmas" else value for name, value in steps.arguments.items()
+    }
     given["guidance_scale"] = _guidance(kind, card)
     given |= {"height": 8 * h, "width": 8 * w, "num_frames": _frames(kind, f)}
     length = card.text.get("length", 0)
     if length and length != LENGTHS[kind]:
         given["max_sequence_length"] = length
     return given
-
-
-def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: [round(value, 9) for value in values] for name, values in arguments.items()}
 
 
 def _frames(kind: str, latent_frames: int) -> int:

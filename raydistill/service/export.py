@@ -22,14 +22,16 @@ from raydistill.models.codec import ClipCodec, FrameCodec, load_codec
 from raydistill.models.folders import (
     NETWORKS,
     built_beside,
+    codec_digest,
     copy_durably,
     files_of,
     located,
     names_in,
     part_folder,
+    teacher_digest,
 )
 from raydistill.models.folders import TEXT as TEXT_PARTS
-from raydistill.models.prompts import PromptEncoder
+from raydistill.models.prompts import PromptEncoder, prompts_identity
 from raydistill.models.protocols import TextEncoder
 from raydistill.models.teacher import read_teacher_config, require_fit
 from raydistill.models.text import WORD_VECTORS, WordVectors
@@ -90,12 +92,15 @@ def export_bundle(
     scores: str | Path | None = None,
     default_plan: str | None = None,
     text: str | Path | None = None,
+    device: str = "cpu",
+    preview: bool = True,
 ) -> Exported:
     """Check everything, copy it beside `output`, rename; the same bundle there already is left as it is.
 
     teacher_steps: of plans that are the teacher's alone. sizes: further (frames, height, width) in pixels.
     scores: output folder of jobs/evaluate.py. Plans that need a teacher are left out without one.
-    text: pipeline whose text encoder a real teacher's captions are from; None: the teacher's.
+    text: pipeline whose text encoder a real teacher's captions are from; None: the teacher's. preview: fit
+    the map of `fit_preview`, on `device`. All is checked before any network but the codec is loaded.
     Raises MissingValue for a student that is nothing without its teacher, InvalidValue for a setting that
     does not fit and for an `output` that holds something else, and an ArtifactError for what cannot be read,
     was changed, or belongs to another student.
@@ -104,20 +109,21 @@ def export_bundle(
     stored, all_plans = read_card(Path(student))
     all_plans |= {f"{TEACHER}{steps}": teacher_plan(steps, stored.grid) for steps in teacher_steps}
     plans = _kept(stored, all_plans, teacher)
-    encoder, encoder_files = _text(stored, text or teacher)
-    loaded, decoder = load_student(student, teacher), load_codec(codec)
-    loaded.require_codec(codec)
+    default = _default(default_plan, plans)
+    _require_own(stored, codec, teacher)
+    spoken, encoder_files = _text(stored, text or teacher)
+    decoder = load_codec(codec)
     parts = {STUDENT: _files(Path(student)), CODEC: _files(part_folder(codec, "vae")), **encoder_files}
     if teacher and (stored.first_lora or any(_needs_teacher(plan) for plan in plans.values())):
         parts[TEACHER] = _files(located(teacher, NETWORKS), (*NETWORKS, "scheduler"))
     files = {f"{part}/{n}": file_sha256(at) for part, held in parts.items() for n, at in held.items()}
     sources = {**stored.sources, "student": tree_digest(student)}
-    cards = in_order({key: _plan_card(plan, stored) for key, plan in plans.items()})
+    cards = in_order({key: plan_card(plan, stored) for key, plan in plans.items()})
     card = BundleCard(
         name=name,
         kind=stored.kind,
         plans=cards,
-        default_plan=_default(default_plan, plans),
+        default_plan=default,
         shapes=_shapes(
             stored, decoder, sizes, (teacher if stored.first_lora else None) or Path(student) / "semantic"
         ),
@@ -125,7 +131,7 @@ def export_bundle(
         shift=stored.grid.shift,
         boundary=stored.boundary,
         guidance_scale=stored.guidance_scale,
-        text=encoder.identity,
+        text=spoken,
         codec_kind=type(decoder.autoencoder).__name__,
         sources=sources,
         scores=read_scores(scores, sources, cards, stored.guidance_scale) if scores else {},
@@ -134,7 +140,10 @@ def export_bundle(
     left_out = _left_out(all_plans, plans, teacher, parts)
     if (there := _same_there(Path(output), card)) is not None:
         return Exported(Path(output), there, left_out, written=False)
-    card = replace(card, preview=fit_preview(loaded, decoder, card, encoder))
+    loaded = load_student(student, teacher if TEACHER in parts else None, device=device)
+    if preview:
+        encoder = _encoder(stored, text or teacher)
+        card = replace(card, preview=fit_preview(loaded, decoder.to(device), card, encoder, device))
     _write(parts, card, Path(output))
     return Exported(Path(output), card, left_out, written=True)
 
@@ -145,47 +154,65 @@ def _files(folder: Path, parts: Sequence[str] = ()) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
-def _text(card: Card, pipeline: str | Path | None) -> tuple[TextEncoder, dict[str, dict[str, Path]]]:
-    """Load what embeds a student's captions, and list its files.
+def _require_own(card: Card, codec: str | Path, teacher: str | Path | None) -> None:
+    """Codec and teacher must be the student's. Raises StaleArtifact."""
+    if card.sources.get("codec") != codec_digest(codec):
+        raise StaleArtifact(
+            f"this student makes latents of another codec than {codec}: frames would be wrong"
+        )
+    if teacher and card.sources.get("teacher") not in (None, teacher_digest(teacher)):
+        raise StaleArtifact(f"this student was distilled from another teacher than {teacher}")
+
+
+def _text(card: Card, pipeline: str | Path | None) -> tuple[Mapping[str, Any], dict[str, dict[str, Path]]]:
+    """Identity of what embeds a student's captions, and its files.
 
     Raises MissingValue without the pipeline that it needs, StaleArtifact for another than the student's.
     """
     asked = card.text
     if asked["kind"] == WORD_VECTORS:
-        return WordVectors(*card.text_shape), {}
+        return WordVectors(*card.text_shape).identity, {}
     if pipeline is None:
         raise MissingValue(
             "text", f"captions are embedded by a {asked['kind']}: name its folder, or teacher="
         )
-    folder = located(pipeline, TEXT_PARTS)
-    encoder = PromptEncoder(folder, asked.get("length", 0), asked.get("precision", "fp32"))
-    if encoder.identity.get("digest") != asked.get("digest"):
+    found = prompts_identity(pipeline, asked.get("length", 0), asked.get("precision", "fp32"))
+    if found["digest"] != asked.get("digest"):
         raise StaleArtifact(f"this student's captions are by another text encoder than that of {pipeline}")
-    return encoder, {TEXT: _files(folder, TEXT_PARTS)}
+    return found, {TEXT: _files(located(pipeline, TEXT_PARTS), TEXT_PARTS)}
 
 
-def fit_preview(student: Student, codec: Codec, card: BundleCard, encoder: TextEncoder) -> dict[str, Any]:
+def _encoder(card: Card, pipeline: str | Path | None) -> TextEncoder:
+    """Load what embeds a student's captions."""
+    if card.text["kind"] == WORD_VECTORS or pipeline is None:
+        return WordVectors(*card.text_shape)
+    return PromptEncoder(pipeline, card.text["length"], card.text["precision"])
+
+
+def fit_preview(
+    student: Student, codec: Codec, card: BundleCard, encoder: TextEncoder, device: str = "cpu"
+) -> dict[str, Any]:
     """Fit RGB in [-1, 1] as a linear map of a latent pixel, to clips of the default plan: see `BundleCard`.
 
-    Frames are averaged over each latent pixel, and over the frames that share a latent frame.
-    Raises StaleArtifact if the codec's frames have another size than the card says, SamplingError if the
-    student's latents are not finite.
+    Frames are averaged over each latent pixel, and over the frames that share a latent frame. `device`: of
+    student and codec. Raises StaleArtifact if the codec's frames have another size than the card says,
+    SamplingError if the student's latents are not finite.
     """
     plan, shape = student.plan(card.default_plan), card.shapes[0]
     text = encoder(CAPTIONS)
     inputs, targets = list[Tensor](), list[Tensor]()
     for i in range(len(CAPTIONS)):  # one by one: frames of a large student are large
         noise_at = keyed_noise(SEED, torch.tensor([i]))
-        noise = noise_at(0, (1, *shape.latent))
-        latents = sample(student.fields, student.schedule, plan, noise, text[i : i + 1], noise_at=noise_at)
+        noise, said = noise_at(0, (1, *shape.latent)).to(device), text[i : i + 1].to(device)
+        latents = sample(student.fields, student.schedule, plan, noise, said, noise_at=noise_at)
         if not latents.isfinite().all():
             raise SamplingError(f"plan '{card.default_plan}' makes latents that are not finite: distil again")
         with torch.inference_mode():
             frames = codec.decode(latents)
         if tuple(frames.shape[2:]) != (shape.frames, shape.height, shape.width):
             raise StaleArtifact(f"the codec makes frames of {tuple(frames.shape[2:])}, not of {shape}")
-        inputs.append(latents[0].flatten(1).T.double())
-        targets.append(frames_at_latents(frames, shape.latent)[0].flatten(1).T.double())
+        inputs.append(latents[0].flatten(1).T.double().cpu())
+        targets.append(frames_at_latents(frames, shape.latent)[0].flatten(1).T.double().cpu())
     x, y = torch.cat(inputs), torch.cat(targets)
     solved = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], dim=1), y, driver="gelsd").solution
     wrong = (x @ solved[:-1] + solved[-1] - y).square().sum()
@@ -235,7 +262,8 @@ def _left_out(
     return (*(f"plan {name}: {why}" for name in plans if name not in kept), *unused)
 
 
-def _plan_card(plan: SamplingPlan, card: Card) -> PlanCard:
+def plan_card(plan: SamplingPlan, card: Card) -> PlanCard:
+    """Say what a plan costs."""
     return PlanCard(
         **plan.to_dict(),
         num_steps=len(plan.jumps),

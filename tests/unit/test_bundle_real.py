@@ -7,7 +7,7 @@ import torch
 from export_cases import save_real_student, text_length
 
 from raydistill.config.serve import WorkerConfig
-from raydistill.errors import MissingValue, StaleArtifact
+from raydistill.errors import InvalidValue, MissingValue, StaleArtifact
 from raydistill.models.codec import load_codec
 from raydistill.models.prompts import PromptEncoder
 from raydistill.sampler import keyed_noise, sample
@@ -89,4 +89,15 @@ def test_a_bundle_needs_the_students_own_text_encoder(case, tmp_path):
     config.write_text(config.read_text() + " ")
     with pytest.raises(StaleArtifact, match="another text encoder"):
         export_bundle(student, pipeline, tmp_path / "b", **given, teacher=pipeline, text=other)
+    with pytest.raises(InvalidValue, match="default_plan"):
+        export_bundle(student, pipeline, tmp_path / "b", **given, teacher=pipeline, default_plan="64")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_may_do_without_the_linear_map(case, tmp_path):
+    _, student, pipeline, _ = case
+    given = {"name": "small", "fps": 8, "teacher": pipeline}
+    done = export_bundle(student, pipeline, tmp_path / "b", preview=False, **given)
+    assert done.card.preview is None
+    with pytest.raises(StaleArtifact, match="no linear map"):
+        Engine(done.folder, WorkerConfig(previews="linear"))

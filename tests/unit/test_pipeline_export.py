@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pipeline_cases
@@ -20,9 +21,10 @@ from raydistill.models.teacher import load_whole_teacher
 from raydistill.pipelines.comfyui import branches_of
 from raydistill.pipelines.folder import Wanted, export_pipeline
 from raydistill.pipelines.usage import PROMPT
-from raydistill.sampler import sample
-from raydistill.student import load_student
+from raydistill.sampler import plan_times, sample
+from raydistill.student import load_student, read_card
 
+FLOWS = ("wan21", "wan22", "hunyuan")
 VANILLA = """
 import json, os, re, sys
 sys.modules["raydistill"] = None
@@ -35,8 +37,14 @@ for folder in sys.argv[1:]:
     made = {}
     exec(code, made)
     numpy.save("made.npy", made["frames"])
-    times = made["pipe"].scheduler.timesteps.tolist()
-    json.dump([type(made["pipe"]).__name__, times], open("made.json", "w"))
+    ready = made["pipe"].transformer is made["first"] if "first" in made else True
+    steps = made["pipe"].scheduler.timesteps.tolist()
+    json.dump([type(made["pipe"]).__name__, steps, ready], open("made.json", "w"))
+    if "sigmas" in code:
+        timed = re.compile("times =|=times|partial|pipe.scheduler")
+        bare = [line for line in code.splitlines() if not timed.search(line)]
+        exec("\\n".join(bare), made)
+        numpy.save("bare.npy", made["frames"])
 """
 
 
@@ -73,28 +81,56 @@ def drawn_as_the_pipeline_draws(kind, shape):
     return noise_at
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_the_cards_lines_make_our_frames(exported, case):
-    kind, _ = case
-    student, pipeline, done = exported[case]
+def decoded(pipeline, latents):
+    """Frames as a pipeline gives them: (f, h, w, 3) in [0, 1]."""
+    with torch.no_grad():
+        return rearrange(load_codec(pipeline).decode(latents)[0] / 2 + 0.5, "c f h w -> f h w c")
+
+
+def ours(case, made, plan):
+    """Frames of our own sampler."""
+    student, pipeline, _ = made
     loaded = load_student(student, pipeline)
     shape = (1, *loaded.card.latent_shape)
-    noise_at = drawn_as_the_pipeline_draws(kind, shape)
-    text = PromptEncoder(pipeline, text_length(kind))([PROMPT])
-    plan = done.steps.plan
+    noise_at = drawn_as_the_pipeline_draws(case[0], shape)
+    text = PromptEncoder(pipeline, text_length(case[0]))([PROMPT])
     noise = noise_at(0, shape)
     latents = sample(loaded.fields, loaded.schedule, plan, noise, text, noise_at=noise_at)
-    with torch.no_grad():
-        ours = load_codec(pipeline).decode(latents)[0] / 2 + 0.5
+    return decoded(pipeline, latents)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_cards_lines_make_the_frames_of_the_stored_plan(exported, case):
+    student, _, done = exported[case]
+    card, plans = read_card(student)
+    plan = plans["4"]
+    if plan.path == "renoise":  # the schedulers noise predicted data; training's jumps end at `last`
+        plan = replace(plan, last=0.0)
+    frames = ours(case, exported[case], plan)
     theirs = torch.from_numpy(np.load(done.folder / "made.npy"))
-    assert len(plan.jumps) == 4
-    assert ours.std() > 0.01
-    torch.testing.assert_close(rearrange(ours, "c f h w -> f h w c"), theirs, rtol=0, atol=2e-3)
-    assert set(loaded.fields) >= {one.expert for one in plan.jumps}
-    kind_of_pipeline, steps = json.loads((done.folder / "made.json").read_text())
-    ahead = 1 if loaded.card.schedule else 0
-    assert kind_of_pipeline == json.loads((done.folder / "model_index.json").read_text())["_class_name"]
-    assert [(step + ahead) / 1000 for step in steps] == pytest.approx(done.steps.times, abs=1e-6)
+    assert frames.std() > 0.01
+    torch.testing.assert_close(frames, theirs, rtol=0, atol=2e-3)
+    kind, steps, ready = json.loads((done.folder / "made.json").read_text())
+    assert kind == json.loads((done.folder / "model_index.json").read_text())["_class_name"]
+    ahead = 1 if card.schedule else 0
+    assert [(step + ahead) / 1000 for step in steps] == pytest.approx([one.t for one in plan.jumps], abs=1e-6)
+    assert ready, "the next call starts with the second expert"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in FLOWS], ids="-".join)
+def test_the_scheduler_alone_has_the_boundary_and_near_times(exported, case):
+    student, _, done = exported[case]
+    card, plans = read_card(student)
+    stored = [one.t for one in plans["4"].jumps]
+    times = [card.boundary if abs(t - (card.boundary or 0)) < 1e-6 else t for t in done.steps.bare]
+    if case[0] != "hunyuan":  # whose own even steps end too early for these
+        assert times[-1] == pytest.approx(stored[-1], abs=1e-6)
+        assert card.boundary in (None, *times)
+        assert max(abs(a - b) for a, b in zip(times, stored, strict=True)) < 0.05
+        path = done.steps.plan.path
+        frames = ours(case, exported[case], plan_times((*times, 0.0), card.boundary, 0.0, path))
+        theirs = torch.from_numpy(np.load(done.folder / "bare.npy"))
+        torch.testing.assert_close(frames, theirs, rtol=0, atol=2e-3)
 
 
 def test_a_folder_without_an_expert_is_wans_own(exported):
@@ -107,6 +143,7 @@ def test_a_folder_without_an_expert_is_wans_own(exported):
         above = min(t for t in done.steps.times if t > boundary)
         assert boundary < index["boundary_ratio"] < above
         assert boundary in done.steps.times
+        assert index["boundary_ratio"] <= min(t for t in done.steps.bare if t > boundary + 1e-6)
     index = json.loads((exported["wan21", "single"][2].folder / "model_index.json").read_text())
     assert (index["transformer_2"], index["boundary_ratio"]) == ([None, None], None)
 
