@@ -15,6 +15,7 @@ from raydistill.errors import InvalidValue
 from raydistill.experts.averages import SlowCopy, follow
 from raydistill.experts.companions import Companion, build_companions
 from raydistill.experts.engine import Engine, build_engine
+from raydistill.experts.frozen import Shards
 from raydistill.experts.plain_engine import cast_parameters
 from raydistill.experts.semantic import Networks, Segment
 from raydistill.models.expert import add_detail, copy_trainable
@@ -42,6 +43,8 @@ class Stage:
     """What is kept as the result; None when that is the student itself."""
     companions: dict[str, Companion]
     """Networks beside the student that look at its guesses, by name."""
+    shards: Shards | None = None
+    """The frozen teacher's, where it is divided over the workers."""
 
     def engines(self) -> dict[str, Engine]:
         """Every trainable role by name."""
@@ -81,6 +84,8 @@ class Stage:
         """Free the engines."""
         for engine in self.engines().values():
             engine.close()
+        if self.shards is not None:
+            self.shards.close()
 
 
 def build_segment(config: DistillConfig, name: str, schedule: Schedule = RECTIFIED_FLOW) -> Segment:
@@ -160,16 +165,19 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     frozen = teacher.requires_grad_(False).eval()
     for net in (frozen, target.net) if target and target.net else (frozen,):
         cast_parameters(net, engine.dtype)
+    shards = Shards(frozen) if config.engine.shard_teacher else None
     slow = cast(VelocityField, target.net) if target and target.net else student
     null = null_text(given.text) if given.null_text is None else given.null_text
     lowest = config.guidance_range[0] if config.guidance_range else config.guidance_scale
     by = guide_teacher_by(frozen, null)
-    nets = Networks(student, slow, guide_teacher(frozen, null, lowest), by)
+    # Where whole steps have one kind of path, all workers leave the teacher out alike.
+    in_step = shards is not None and config.mix.per == "sample"
+    nets = Networks(student, slow, guide_teacher(frozen, null, lowest), by, in_step)
     segment = build_segment(config, name, given.schedule)
     companions = build_companions(
         config, name, segment, frozen, given.latents, given.caption_means, empty=given.empty
     )
-    return Stage(name, stage, nets, segment, engine, student, target, average, companions)
+    return Stage(name, stage, nets, segment, engine, student, target, average, companions, shards)
 
 
 def _build_slow_copies(config: DistillConfig, student: Teacher) -> tuple[SlowCopy | None, SlowCopy | None]:
