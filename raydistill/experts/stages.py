@@ -195,22 +195,21 @@ def _build_slow_copies(config: DistillConfig, student: Teacher) -> tuple[SlowCop
     return target, average
 
 
-def build_student(config: DistillConfig, teacher: Teacher, semantic: Teacher | None) -> Teacher:
+def build_student(
+    config: DistillConfig, teacher: Teacher, semantic: Teacher | None, *, keep: bool = True
+) -> Teacher:
     """Build a stage's network as at step 0, requires_grad flags final; without `semantic`, the first.
 
     LoRA students share the weights below with the teacher, or with the semantic expert; not at ZeRO 3, which
-    takes them apart.
+    takes them apart. Without `keep` the networks given are the student's to use up.
     """
-    apart = config.engine.zero_stage == 3
+    own = copy.deepcopy if keep else lambda net: net
+    below = own if config.engine.zero_stage == 3 else lambda net: net
     if config.experts == "motion":
-        own = copy.deepcopy(teacher) if apart else teacher
-        return add_lora(own, config.motion.lora_rank, config.motion.lora_alpha, config.seed)
+        return add_lora(below(teacher), config.motion.lora_rank, config.motion.lora_alpha, config.seed)
     if semantic is None and config.semantic.lora_rank:
-        own = copy.deepcopy(teacher) if apart else teacher
-        return add_lora(own, config.semantic.lora_rank, config.semantic.lora_alpha, config.seed)
-    if (
-        semantic is None or config.experts == "dual_full"
-    ):  # two whole networks, both from the teacher (DCM, fig. 3)
-        return copy.deepcopy(teacher).requires_grad_(True)
-    below = copy.deepcopy(semantic) if apart else semantic
-    return add_detail(below, config.detail.lora_rank, config.detail.lora_alpha, config.seed)
+        return add_lora(below(teacher), config.semantic.lora_rank, config.semantic.lora_alpha, config.seed)
+    # Two whole networks are both from the teacher (DCM, fig. 3).
+    if semantic is None or config.experts == "dual_full":
+        return own(teacher).requires_grad_(True)
+    return add_detail(below(semantic), config.detail.lora_rank, config.detail.lora_alpha, config.seed)

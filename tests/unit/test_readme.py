@@ -19,7 +19,12 @@ from raydistill.student import Card, save_student
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(path for path in ROOT.glob("*/README.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-JOBS = {"prepare": "PrepareConfig", "distill": "DistillConfig", "evaluate": "EvaluateConfig"}
+JOBS = {
+    "prepare": "PrepareConfig",
+    "distill": "DistillConfig",
+    "evaluate": "EvaluateConfig",
+    "consolidate": "ConsolidateConfig",
+}
 SWITCHES = {"analyse": "", "plan": "", "update-readme": ""}
 
 
