@@ -30,17 +30,16 @@ from raydistill.experts.advice import plan_lines, require_it_fits
 from raydistill.experts.analyse import analyse
 from raydistill.experts.launch import Feed, Worker, cluster, launch
 from raydistill.experts.planner import StagePlan, plan_stage
+from raydistill.experts.result import Sample, plans_of, write_student
 from raydistill.experts.stages import build_segment, require_own_networks
 from raydistill.experts.tracking import require_installed
-from raydistill.experts.worker import SETTINGS, Run, load_result, settings_of, train
+from raydistill.experts.worker import SETTINGS, Run, settings_of, train
 from raydistill.models.codec_config import read_codec
 from raydistill.models.folders import boundary_ratio, codec_digest, part_folder, teacher_digest
 from raydistill.models.frame_critic import pool_text
 from raydistill.models.frame_features import load_frame_features
-from raydistill.models.teacher import load_teacher, read_schedule, require_fit
-from raydistill.models.text import null_of, text_identity
-from raydistill.sampler import SamplingPlan, build_plan, plan_lcm, plan_times, with_tail
-from raydistill.student import Card, save_student
+from raydistill.models.teacher import read_schedule, require_fit
+from raydistill.models.text import null_of
 from raydistill.trajectories.flow import feed, iter_batches
 from raydistill.trajectories.inputs import Stores, named
 from raydistill.trajectories.lanes import Intervals, Lanes, Rows, build_lanes
@@ -133,50 +132,6 @@ def run_stage(config: DistillConfig, name: str, stores: Stores, semantic: Path |
         feed=data,
         resume=config.resume,
     )
-
-
-def plans_of(config: DistillConfig) -> dict[str, SamplingPlan]:
-    """The sampling plans that are stored with the student, by name."""
-    segment, sampling = build_segment(config, config.stages[0]), config.sampling
-    grid, path = segment.grid, sampling.path
-    boundary = segment.lower if config.is_dual else None
-    if config.experts == "motion":  # at LCM's times, as MCM's students are sampled
-        plans = {str(n): plan_lcm(n, grid, path) for n in sampling.num_steps}
-    else:
-        plans = {str(n): build_plan(n, boundary, grid, path) for n in sampling.num_steps}
-    if boundary is not None:
-        plans |= {f"{n}+tail": with_tail(n, boundary, grid, path) for n in sampling.semantic_tail}
-    own = {name: plan_times(tuple(t), boundary, grid.last, path) for name, t in sampling.times.items()}
-    return plans | own
-
-
-def export(config: DistillConfig, stores: Stores, digests: dict, first: Path, second: Path | None) -> Path:
-    """Write the student folder from the stages' last checkpoints."""
-    teacher = load_teacher(config.teacher, guidance_scale=config.guidance_scale)
-    expert = load_result(config, first, teacher)
-    if second and boundary_ratio(config.teacher) is not None:
-        teacher = load_teacher(config.teacher, "detail")
-    detail = load_result(config, second, teacher, expert) if second else None
-    row, segment = stores.video.row(0), build_segment(config, config.stages[0])
-    lora = {"dual": config.detail, "motion": config.motion}.get(config.experts)
-    first_lora = config.semantic
-    card = Card(
-        kind=config.experts,
-        boundary=segment.lower if config.is_dual else None,
-        grid=segment.grid,
-        guidance_scale=config.guidance_scale,
-        guidance_scale_2=config.guidance_scale_2 or None,
-        guidance_range=segment.guidance,
-        schedule=read_schedule(config.teacher),
-        latent_shape=row.latents.shape,
-        text_shape=row.text.shape,
-        lora=(lora.lora_rank, lora.lora_alpha) if lora else None,
-        semantic_lora=(first_lora.lora_rank, first_lora.lora_alpha) if first_lora.lora_rank else None,
-        sources={**digests, "seed": config.seed, "text": text_identity(stores.video)},
-    )
-    folder = Path(config.output) / "student"
-    save_student(folder, card, expert, detail, plans_of(config), null_of(stores.video))
-    return folder
 
 
 def check(config: DistillConfig, stores: Stores, *, analyse: bool = False) -> dict[str, str]:
@@ -330,7 +285,9 @@ def distil(config: DistillConfig, stores: Stores, digests: dict[str, str]) -> No
     damaged = [path for path in output.glob("quarantine-*.jsonl") if path.stat().st_size]
     if damaged:
         print(f"damaged rows were replaced by others: {', '.join(map(str, damaged))}")
-    print(f"student: {export(config, stores, digests, done[0], done[1] if done[1:] else None)}")
+    student = output / "student"
+    write_student(config, student, Sample.of(stores.video), digests, tuple(done))
+    print(f"student: {student}")
 
 
 if __name__ == "__main__":

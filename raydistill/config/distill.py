@@ -38,8 +38,11 @@ class EngineConfig:
     """`torch` is the plain reference: same numbers, no sharding, every worker holds everything."""
     zero_stage: int = 2
     """What ZeRO shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights. Of the
-    student and the critic, that is: the teacher, the target and the moving averages of trained weights, in
-    float32, are whole on every worker at any stage."""
+    student and the critic, that is: the target and the moving averages of trained weights, in float32, are
+    whole on every worker at any stage, and so is the teacher unless shard_teacher is set."""
+    shard_teacher: bool = False
+    """Divide the frozen teacher over the workers, as ZeRO 3 does; a layer is whole on a worker for its pass
+    alone. A student that is a LoRA needs zero_stage = 3 beside it: below, it shares the teacher's weights."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory. Needs zero_stage >= 1."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -61,6 +64,8 @@ class EngineConfig:
             raise InvalidValue("engine.precision", "bf16", "needs engine.zero_stage >= 1")
         if self.backend == "torch" and self.offload_optimizer:
             raise InvalidValue("engine.offload_optimizer", True, "needs engine.backend = deepspeed")
+        if self.backend == "torch" and self.shard_teacher:
+            raise InvalidValue("engine.shard_teacher", True, "needs engine.backend = deepspeed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +244,7 @@ class DistillConfig:
             expected = "1 with two experts: a sample of one step is experts=motion's or =single's"
             raise InvalidValue("mix.real_share", self.mix.real_share, expected)
         self._check_terms()
+        self._check_sharding()
         for name in self.stages:
             self._check_stage(name)
 
@@ -271,6 +277,16 @@ class DistillConfig:
     def guidance_of(self, stage: str) -> float:
         """Guidance of a stage's teacher, where it is one for all samples."""
         return (self.guidance_scale_2 if stage == "detail" else 0) or self.guidance_scale
+
+    def _check_sharding(self):
+        """A LoRA below ZeRO 3 computes with the teacher's own weights, which then cannot be taken apart."""
+        shares = self.experts == "motion" or self.semantic.lora_rank > 0
+        if self.engine.shard_teacher and shares and self.engine.zero_stage < 3:
+            expected = (
+                "false: the LoRA student and its teacher hold their weights once; or engine.zero_stage = 3, "
+                "which divides both"
+            )
+            raise InvalidValue("engine.shard_teacher", True, expected)
 
     def _check_terms(self):
         """Terms of the loss that a stage cannot have, or that need something."""

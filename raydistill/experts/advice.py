@@ -15,18 +15,29 @@ def plan_lines(config: DistillConfig, plan: StagePlan) -> Iterator[str]:
     """A stage's plan as lines of text."""
     ask = config.plan
     yield f"{plan.name}, each of {plan.workers} workers, GiB:"
-    head = ("role", "params M", "trained M", "weights", "gradients", "optimizer", "averages", "total")
+    head = (
+        "role",
+        "params M",
+        "trained M",
+        "weights",
+        "gathered",
+        "gradients",
+        "optimizer",
+        "averages",
+        "total",
+    )
+    wide = 11 * (len(head) - 1)
     yield "  " + "".join(f"{title:>15}" if i == 0 else f"{title:>11}" for i, title in enumerate(head))
     for role in plan.roles:
-        bytes_ = (role.weights, role.gradients, role.optimizer, role.averages, role.device)
+        bytes_ = (role.weights, role.gathered, role.gradients, role.optimizer, role.averages, role.device)
         numbers = [role.parameters / 1e6, role.trained / 1e6, *(b / GIB for b in bytes_)]
         yield f"  {role.name:>15}" + "".join(f"{value:>11,.2f}" for value in numbers)
     clip = f"{plan.tokens:,} tokens a clip" if plan.tokens else "a U-Net"
     size = config.stage(plan.name).micro_batch
-    yield f"  {'activations':>15}{plan.activations / GIB:>76.2f}   ({clip}, {size} at once)"
-    yield f"  {'all':>15}{plan.device / GIB:>76.2f}   of {usable(config) / GIB:.1f} usable"
+    yield f"  {'activations':>15}{plan.activations / GIB:>{wide}.2f}   ({clip}, {size} at once)"
+    yield f"  {'all':>15}{plan.device / GIB:>{wide}.2f}   of {usable(config) / GIB:.1f} usable"
     if plan.host:
-        yield f"  {'in host memory':>15}{plan.host / GIB:>76.2f}"
+        yield f"  {'in host memory':>15}{plan.host / GIB:>{wide}.2f}"
     passes = ", ".join(f"{count:g} {role}" for role, count in plan.passes.items())
     yield f"  passes a sample: {passes}; {plan.flops / 1e12:,.1f} TFLOP with backward"
     hours = plan.hours(ask.tflops)
@@ -57,7 +68,7 @@ def changes(config: DistillConfig, name: str) -> Iterator[Change]:
     if name == "semantic" and not config.semantic.lora_rank:
         lora = replace(config.semantic, lora_rank=64)
         yield "semantic.lora_rank=64", lambda: replace(config, semantic=lora)
-    if engine.zero_stage:
+    if engine.zero_stage or engine.shard_teacher:
         scale = replace(config.scale, num_workers=2 * config.scale.num_workers)
         yield f"scale.num_workers={scale.num_workers}", lambda: replace(config, scale=scale)
 
@@ -72,6 +83,8 @@ def engine_changes(config: DistillConfig) -> Iterator[tuple[str, Any]]:
         yield "precision", "bf16"
     if sharded and engine.zero_stage < 3 and config.scale.num_workers > 1:
         yield "zero_stage", 3
+    if engine.backend == "deepspeed" and not engine.shard_teacher and config.scale.num_workers > 1:
+        yield "shard_teacher", True
     if sharded and not engine.offload_optimizer:
         yield "offload_optimizer", True
 

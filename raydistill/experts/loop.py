@@ -44,7 +44,10 @@ def require_finite_gradient(engine: Engine, term: str) -> None:
 def draw(stage: Stage, batch: Batch) -> tuple[Losses, dict[str, Any]]:
     """One draw of the stage's loss, and what its companions keep for their own turns."""
     looks = {name: companion.look for name, companion in stage.companions.items()}
-    return consistency_losses(stage.nets, stage.segment, batch, stage.config.objective, looks)
+    drawn = consistency_losses(stage.nets, stage.segment, batch, stage.config.objective, looks)
+    if stage.shards is not None:
+        stage.shards.release()
+    return drawn
 
 
 def take_turn(name: str, companion: Companion, seen: Any, meter: Meter) -> None:

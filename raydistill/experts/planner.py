@@ -6,7 +6,8 @@ architecture and setting.
 
 What engines add is reckoned, from DeepSpeed's own bookkeeping:
 
-* weights in the engine's precision, divided over workers at ZeRO 3;
+* weights in the engine's precision, divided over workers at ZeRO 3, the teacher's where it is sharded, and
+  what of those is gathered at a time;
 * gradients: divided at ZeRO 2 and 3, in float32 where a bfloat16 engine adds up over them;
 * float32 masters and AdamW's two moments, divided at ZeRO 1 and above, in host memory where offloaded;
 * targets and averages, whole and in float32 on every worker; communication buckets.
@@ -48,13 +49,15 @@ class RoleMemory:
     gradients: int = 0
     optimizer: int = 0
     averages: int = 0
+    gathered: int = 0
+    """Of a frozen network that is divided, what is whole at a time during a pass, at most."""
     host: int = 0
     """In the machine's memory, not the device's."""
 
     @property
     def device(self) -> int:
         """All of it that is on the device."""
-        return self.weights + self.gradients + self.optimizer + self.averages
+        return self.weights + self.gradients + self.optimizer + self.averages + self.gathered
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _alone(config: DistillConfig) -> DistillConfig:
     return replace(
         config,
         mix=MixConfig(),
-        engine=replace(config.engine, backend="torch", offload_optimizer=False),
+        engine=replace(config.engine, backend="torch", offload_optimizer=False, shard_teacher=False),
         scale=replace(config.scale, num_workers=1),
     )
 
@@ -233,7 +236,8 @@ def _roles(config: DistillConfig, stage: Stage, teacher: nn.Module) -> Iterator[
     yield replace(student, averages=averages)
     if stage.target is not None and stage.target.net is not None:
         yield _frozen("target", stage.target.net, seen)
-    yield _frozen("teacher", teacher, seen)
+    role = _frozen("teacher", teacher, seen)
+    yield _divided(role, config, stage, teacher) if engine.shard_teacher else role
     for name, companion in stage.companions.items():
         if companion.engine is not None:
             how = engine if name == "critic" else exact
@@ -259,6 +263,25 @@ def _frozen(name: str, net: nn.Module, seen: set[int]) -> RoleMemory:
     count = sum(p.numel() for p in net.parameters())
     weights = _bytes((*net.parameters(), *net.buffers()), seen)
     return RoleMemory(name, count, 0, weights=weights)
+
+
+def _divided(role: RoleMemory, config: DistillConfig, stage: Stage, net: nn.Module) -> RoleMemory:
+    """What a worker holds of a frozen network in shards, and at most gathers of it: see `frozen`.
+
+    A layer is there twice while it is put together. Where gradients pass, a block's layers stay for its own
+    backward pass; without checkpoints all that were multiplied with stay until theirs.
+    """
+    size = next(net.parameters()).element_size()
+    count = lambda module, deep: size * sum(p.numel() for p in module.parameters(recurse=deep))  # noqa: E731
+    layer = max(count(module, False) for module in net.modules())
+    kept = layer
+    if "critic" in stage.companions:
+        blocks = (b for blocks in net.modules() if isinstance(blocks, nn.ModuleList) for b in blocks)
+        checkpointed = config.engine.activation_checkpointing
+        kept = max(count(block, True) for block in blocks) if checkpointed else count(net, True)
+    whole = count(net, True)
+    share = whole // config.scale.num_workers
+    return replace(role, weights=role.weights - whole + share, gathered=layer + kept)
 
 
 def _trained(name: str, net: nn.Module, how: EngineConfig, workers: int, seen: set[int]) -> RoleMemory:

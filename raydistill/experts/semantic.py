@@ -43,6 +43,8 @@ class Networks:
     """Frozen and already guided; by the lowest scale, where a segment draws them."""
     guided_by: Callable[[Latents, Times, Text, Times], Latents] | None = None
     """The frozen teacher with a guidance scale for each sample; used where a segment draws them."""
+    in_step: bool = False
+    """Whether every worker must make the teacher's pass, needed or not: its weights are gathered for it."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,16 @@ def teacher_step(
     scales = segment.scales(batch.index)
     if batch.x_r is None:
         return euler(segment.schedule, _field(nets, scales), x_t, t, r, batch.text)
-    rows = (~_of(batch, Origin.RECORDED)).nonzero().flatten()
+    fresh = ~_of(batch, Origin.RECORDED)
+    rows = fresh.nonzero().flatten()
     if not len(rows):
-        return batch.x_r
+        if not nets.in_step:
+            return batch.x_r
+        rows = torch.zeros(1, dtype=torch.long)  # what comes of it is not taken
     here = rows.to(x_t.device)
     field = _field(nets, None if scales is None else scales[rows])
     x_r = euler(segment.schedule, field, x_t[here], t[rows], r[rows], batch.text[here])
+    x_r = torch.where(_over(fresh[rows], x_r), x_r, batch.x_r[here])
     return batch.x_r.index_copy(0, here, x_r)
 
 

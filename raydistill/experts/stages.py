@@ -15,6 +15,7 @@ from raydistill.errors import InvalidValue
 from raydistill.experts.averages import SlowCopy, follow
 from raydistill.experts.companions import Companion, build_companions
 from raydistill.experts.engine import Engine, build_engine
+from raydistill.experts.frozen import Shards
 from raydistill.experts.semantic import Networks, Segment
 from raydistill.models.casting import cast_parameters
 from raydistill.models.expert import add_detail, copy_trainable
@@ -42,6 +43,8 @@ class Stage:
     """What is kept as the result; None when that is the student itself."""
     companions: dict[str, Companion]
     """Networks beside the student that look at its guesses, by name."""
+    shards: Shards | None = None
+    """The frozen teacher's, where it is divided over the workers."""
 
     def engines(self) -> dict[str, Engine]:
         """Every trainable role by name."""
@@ -81,6 +84,8 @@ class Stage:
         """Free the engines."""
         for engine in self.engines().values():
             engine.close()
+        if self.shards is not None:
+            self.shards.close()
 
 
 def build_segment(config: DistillConfig, name: str, schedule: Schedule = RECTIFIED_FLOW) -> Segment:
@@ -162,16 +167,19 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     frozen = teacher.requires_grad_(False).eval()
     for net in (frozen, target.net) if target and target.net else (frozen,):
         cast_parameters(net, engine.dtype)
+    shards = Shards(frozen) if config.engine.shard_teacher else None
     slow = cast(VelocityField, target.net) if target and target.net else student
     null = null_text(given.text) if given.null_text is None else given.null_text
     lowest = config.guidance_range[0] if config.guidance_range else config.guidance_of(name)
     by = guide_teacher_by(frozen, null)
-    nets = Networks(student, slow, guide_teacher(frozen, null, lowest), by)
+    # Where whole steps have one kind of path, all workers leave the teacher out alike.
+    in_step = shards is not None and config.mix.per == "sample"
+    nets = Networks(student, slow, guide_teacher(frozen, null, lowest), by, in_step)
     segment = build_segment(config, name, given.schedule)
     companions = build_companions(
         config, name, segment, frozen, given.latents, given.caption_means, empty=given.empty
     )
-    return Stage(name, stage, nets, segment, engine, student, target, average, companions)
+    return Stage(name, stage, nets, segment, engine, student, target, average, companions, shards)
 
 
 def _build_slow_copies(config: DistillConfig, student: Teacher) -> tuple[SlowCopy | None, SlowCopy | None]:
@@ -189,22 +197,21 @@ def _build_slow_copies(config: DistillConfig, student: Teacher) -> tuple[SlowCop
     return target, average
 
 
-def build_student(config: DistillConfig, teacher: Teacher, semantic: Teacher | None) -> Teacher:
+def build_student(
+    config: DistillConfig, teacher: Teacher, semantic: Teacher | None, *, keep: bool = True
+) -> Teacher:
     """Build a stage's network as at step 0, requires_grad flags final; without `semantic`, the first.
 
     LoRA students share the weights below with the teacher, or with the semantic expert; not at ZeRO 3, which
-    takes them apart.
+    takes them apart. Without `keep` the networks given are the student's to use up.
     """
-    apart = config.engine.zero_stage == 3
+    own = copy.deepcopy if keep else lambda net: net
+    below = own if config.engine.zero_stage == 3 else lambda net: net
     if config.experts == "motion":
-        own = copy.deepcopy(teacher) if apart else teacher
-        return add_lora(own, config.motion.lora_rank, config.motion.lora_alpha, config.seed)
+        return add_lora(below(teacher), config.motion.lora_rank, config.motion.lora_alpha, config.seed)
     if semantic is None and config.semantic.lora_rank:
-        own = copy.deepcopy(teacher) if apart else teacher
-        return add_lora(own, config.semantic.lora_rank, config.semantic.lora_alpha, config.seed)
-    if (
-        semantic is None or config.experts == "dual_full"
-    ):  # two whole networks, both from the teacher (DCM, fig. 3)
-        return copy.deepcopy(teacher).requires_grad_(True)
-    below = copy.deepcopy(semantic) if apart else semantic
-    return add_detail(below, config.detail.lora_rank, config.detail.lora_alpha, config.seed)
+        return add_lora(below(teacher), config.semantic.lora_rank, config.semantic.lora_alpha, config.seed)
+    # Two whole networks are both from the teacher (DCM, fig. 3).
+    if semantic is None or config.experts == "dual_full":
+        return own(teacher).requires_grad_(True)
+    return add_detail(below(semantic), config.detail.lora_rank, config.detail.lora_alpha, config.seed)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from raydistill.artifacts import Manifest, fingerprint
@@ -162,33 +162,33 @@ def load_semantic(config: DistillConfig, folder: Path, teacher: Teacher) -> Teac
 
     A teacher of two networks has another one for the semantic expert.
     """
-    if boundary_ratio(config.teacher) is not None:
+    if boundary_ratio(config.teacher) is not None or not config.semantic.lora_rank:
         device = next(teacher.parameters()).device
         teacher = load_teacher(config.teacher, "semantic", config.guidance_scale).to(device)
     return load_result(config, folder, teacher)
 
 
 def load_result(
-    config: DistillConfig, folder: Path, teacher: Teacher, semantic: Teacher | None = None
+    config: DistillConfig, folder: Path, network: Teacher, semantic: Teacher | None = None
 ) -> Teacher:
-    """Rebuild a stage's result, the averaged student, from its last checkpoint; frozen.
+    """Rebuild a stage's result, the averaged student, from a checkpoint; frozen.
 
-    Without `semantic` it is the semantic (or single) expert; with it, the detail expert over it.
+    Without `semantic` it is the semantic (or single) expert; with it, the detail expert over it. `network`,
+    the teacher's, becomes the result, or is shared by it if that is a LoRA.
     """
     return _with_weights(
-        build_student(config, teacher, semantic), folder, averaged=bool(config.average_decay)
+        build_student(config, network, semantic, keep=False), folder, averaged=bool(config.average_decay)
     )
 
 
 def _with_weights(student: Teacher, folder: Path, *, averaged: bool) -> Teacher:
-    names = [n for n, p in student.named_parameters() if p.requires_grad]
-    if averaged:
-        kept = load_file(folder / AVERAGES)
-        weights = {n: kept[f"average/{n}"] for n in names}
-    else:
-        parts = Parts(folder / "student")
-        weights = {n: parts.get("weight", n) for n in names}
-    own = dict(student.named_parameters())
-    for name, value in weights.items():
-        own[name].data.copy_(value)
+    """Give a student its trained weights, read one at a time."""
+    kept = safe_open(folder / AVERAGES, "pt") if averaged else Parts(folder / "student")
+
+    def read(name: str) -> Tensor:
+        return kept.get("weight", name) if isinstance(kept, Parts) else kept.get_tensor(f"average/{name}")
+
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(read(name))
     return student.requires_grad_(False).eval()

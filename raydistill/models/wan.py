@@ -77,11 +77,19 @@ class WanField(nn.Module):
         it; for the last block it equals the velocity.
         """
         net = self.transformer
-        with tapped({**{i: net.blocks[i] for i in blocks}, "time": net.condition_embedder}) as given:
+        layers, tables = (
+            {**{i: net.blocks[i] for i in blocks}, "time": net.condition_embedder},
+            list[Tensor](),
+        )
+
+        def read(*_: object) -> None:
+            tables.append(net.scale_shift_table.clone())  # in the pass: later, shards would be apart again
+
+        with net.norm_out.register_forward_pre_hook(read), tapped(layers) as given:
             self(x_t, t, text)
         temb, hidden = given["time"][0], [cast(Tensor, given[i]) for i in blocks]
         projected: list[Tensor] = []
-        shift, scale = (net.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        shift, scale = (tables[0] + temb.unsqueeze(1)).chunk(2, dim=1)
         for h in hidden:
             out = net.proj_out((net.norm_out(h.float()) * (1 + scale) + shift).type_as(h))
             projected.append(_unpatchify(out, x_t, net.config["patch_size"]))

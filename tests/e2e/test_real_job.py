@@ -113,6 +113,11 @@ def test_dcm_runs_and_is_taken_up_between_its_stages(made, monkeypatch):
     judged = {"loss/adversarial", "loss/feature_matching", "loss/critic"} <= lines[-1].keys()
     assert judged == (kind not in UNETS)
     student = require_sampler(folder, run, "2+tail")
+    last = run / "checkpoints" / "detail-step-000002"
+    job_here("consolidate", f"checkpoint={last}", f"output={folder}/again/student")
+    own, again = weights(run), weights(folder / "again")
+    assert own.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in own.items())
     assert set(student.fields) == {"semantic", "detail", "teacher"}
     assert student.card.text == text_identity(LatentStore(folder / "clips"))
     assert student.card.text["kind"].endswith("Pipeline")

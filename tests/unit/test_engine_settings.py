@@ -131,6 +131,7 @@ REFUSED = {
     "optimizer.betas": lambda: OptimizerConfig(betas=(0.9, 1.0)),
     "engine.zero_stage": lambda: EngineConfig(zero_stage=4),
     "engine.offload_optimizer": lambda: EngineConfig(zero_stage=0, offload_optimizer=True),
+    "engine.shard_teacher": lambda: EngineConfig(backend="torch", shard_teacher=True),
     "engine.precision": lambda: EngineConfig(zero_stage=0, precision="bf16"),
     "scale.num_workers": lambda: ScaleConfig(num_workers=0),
     "average_decay": lambda: DistillConfig(average_decay=1.0),
@@ -160,3 +161,14 @@ def test_every_width_that_the_settings_allow_makes_a_critic():
 def test_single_has_no_detail_stage():
     """Its batch is not looked at, nor where the grid ends."""
     DistillConfig(experts="single", detail=DetailConfig(global_batch=7), grid=GridConfig(last=0.9))
+
+
+def test_a_lora_below_zero_3_has_its_teachers_own_weights():
+    """They are held once; taken apart under the student they would be of no use to it."""
+    sharded = {"engine": EngineConfig(shard_teacher=True)}
+    lora = {"semantic": SemanticConfig(lora_rank=4)}
+    for more in (lora, {"experts": "motion"}, {"experts": "single"} | lora):
+        with pytest.raises(InvalidValue, match=r"hold their weights once; or engine.zero_stage = 3"):
+            DistillConfig(**sharded, **more)
+        DistillConfig(engine=EngineConfig(shard_teacher=True, zero_stage=3), **more)
+    DistillConfig(**sharded)

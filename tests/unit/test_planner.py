@@ -160,6 +160,32 @@ def test_zero_divides_and_averages_do_not(tmp_path):
     assert student(2, 2, precision="bf16").weights == 2 * trained + tables
 
 
+def test_a_sharded_teacher_is_divided_and_the_target_is_not(tmp_path):
+    folder = pipeline_cases.save(tmp_path, "wan21")
+    net = load_teacher(folder)
+    size = 4 * sum(p.numel() for p in net.parameters())
+    tables = sum(x.numel() * x.element_size() for x in net.buffers())
+
+    def roles(workers, name="semantic", **more):
+        scale = ScaleConfig(num_workers=workers)
+        config = config_of("wan21", folder, engine=EngineConfig(**more), scale=scale)
+        plan = plan_stage(config, name, (16, 3, 4, 6), (20, 16))
+        return {role.name: role for role in plan.roles}
+
+    whole, shared = roles(2), roles(2, shard_teacher=True)
+    assert (whole["teacher"].weights, whole["teacher"].gathered) == (size + tables, 0)
+    assert shared["teacher"].weights == size // 2 + tables
+    layer = 4 * (25 * 16 * 9)  # of the time's projection, the largest here
+    assert shared["teacher"].gathered == 2 * layer
+    assert {n: r for n, r in shared.items() if n != "teacher"} == {
+        n: r for n, r in whole.items() if n != "teacher"
+    }
+    through = roles(2, "detail", shard_teacher=True)["teacher"]
+    checkpointed = roles(2, "detail", shard_teacher=True, activation_checkpointing=True)["teacher"]
+    block = 4 * sum(p.numel() for p in net.network.blocks[0].parameters())
+    assert (through.gathered, checkpointed.gathered) == (layer + size, layer + block)
+
+
 SHAPES = {
     "wan21_1_3b/dcm.yaml": ("wan21", (20, 16)),
     "hunyuanvideo/dcm.yaml": ("hunyuan", (21, 16)),
@@ -216,7 +242,12 @@ def test_a_plan_that_cannot_fit_says_what_to_change(tmp_path, monkeypatch, capsy
     assert ended.value.code == 1
     said = capsys.readouterr()
     assert "the semantic stage needs" in said.err
-    for change in ("activation_checkpointing=True", "zero_stage=3", "offload_optimizer=True"):
+    for change in (
+        "activation_checkpointing=True",
+        "zero_stage=3",
+        "shard_teacher=True",
+        "offload_optimizer=True",
+    ):
         assert change in said.err
     assert not (tmp_path / "run").exists()
 
@@ -239,9 +270,9 @@ def test_what_is_said_to_fit_does(tmp_path):
     for how, make in changes(config, "semantic"):
         with suppress(InvalidValue):
             sizes[how] = plan_stage(make(), "semantic", *shape).device
-    assert len(sizes) == 6  # twice the workers would not divide the batch
+    assert len(sizes) == 7  # twice the workers would not divide the batch
     better = [size for size in sizes.values() if size < plan.device]
-    assert len(better) == 5  # at ZeRO 3 the target does not share the student's weights
+    assert len(better) == 6  # at ZeRO 3 the target does not share the student's weights
     least = min(better)
     room = PlanConfig(memory_gib=(least + 1) / planner.GIB, reserve=0.0)
     with pytest.raises(DoesNotFit) as refused:

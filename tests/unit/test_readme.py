@@ -24,6 +24,7 @@ JOBS = {
     "distill": "DistillConfig",
     "evaluate": "EvaluateConfig",
     "export": "ExportConfig",
+    "consolidate": "ConsolidateConfig",
 }
 SWITCHES = {"analyse": "", "plan": "", "update-readme": ""}
 

@@ -1,0 +1,59 @@
+"""A frozen network in shards: every worker holds its part of each weight, by DeepSpeed's ZeRO 3.
+
+A layer's weights are gathered for its pass and freed after it, so all workers must make the same passes, in
+the same order. Gradients may go through the network, to its input.
+"""
+
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydistill.experts.engine import join_process_group, load_deepspeed
+
+
+class Shards:
+    """Holds a network's shards, and DeepSpeed's hooks on it. All ranks build and use it alike."""
+
+    def __init__(self, module: nn.Module):
+        """Take a frozen network apart, in the dtype and on the device that its parameters have."""
+        self.module = module
+        first = next(module.parameters())
+        deepspeed = load_deepspeed(first.device)
+        join_process_group(first.device)
+        with redirect_stdout(StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=module, config=frozen_config(first.dtype), dist_init_required=False
+            )
+
+    def release(self) -> None:
+        """Free what a backward pass has left gathered: layers whose input needs no gradient."""
+        self._engine.optimizer.release_backward_leftovers()
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module; it is of no use afterwards."""
+        self._engine.destroy()
+
+
+def frozen_config(dtype: torch.dtype) -> dict[str, Any]:
+    """Return DeepSpeed's JSON for a network that nothing trains."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # a name only
+        "zero_optimization": {
+            "stage": 3,
+            # Nothing stays whole, and nothing is fetched ahead of its turn or kept for a later one: the
+            # passes of a step differ (guided, through features, backward), and a gather is short beside a
+            # layer's work on a clip.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            # It would replace torch's linear layers in the whole process, and round otherwise.
+            "memory_efficient_linear": False,
+            "overlap_comm": False,
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "wall_clock_breakdown": False,
+    }
