@@ -31,6 +31,22 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Kernel of attention by role: a name that diffusers' `set_attention_backend` knows.
+
+    `native` sets nothing: torch chooses, or DIFFUSERS_ATTN_BACKEND. U-Nets and CogVideoX have no other. Two
+    kernels differ by rounding.
+    """
+
+    student: str = "native"
+    """Of the student, and of the goal where target.kind = online. Kernels without a backward pass, such as
+    SageAttention's, are refused."""
+    frozen: str = "native"
+    """Of the teacher, and of the moving average that gives the goal. Kernels without a backward pass are
+    refused where a token critic looks through the teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How gradients move between machines; DeepSpeed's own JSON is derived from it."""
 
@@ -47,6 +63,11 @@ class EngineConfig:
     float32 either way."""
     activation_checkpointing: bool = False
     """Recompute the student's activations in the backward pass: less memory, about a third more time."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Kernels of attention."""
+    compile_frozen: bool = False
+    """torch.compile of the blocks of the teacher, and of the moving average that gives the goal: once for
+    each kind of call, at the first steps; on CPUs it needs a C++ compiler."""
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
     """Merged into DeepSpeed's JSON last, for what has no field here."""
 
