@@ -34,8 +34,9 @@ class TargetConfig:
 class AttentionConfig:
     """Kernel of attention by role: a name that diffusers' `set_attention_backend` knows.
 
-    `native` sets nothing: torch chooses, or DIFFUSERS_ATTN_BACKEND. U-Nets and CogVideoX have no other. Two
-    kernels differ by rounding.
+    `native` sets nothing: torch chooses, or DIFFUSERS_ATTN_BACKEND. U-Nets and CogVideoX have no other.
+    HunyuanVideo masks its captions: kernels that take no mask stop at the first step. Two kernels differ by
+    rounding.
     """
 
     student: str = "native"

@@ -20,16 +20,13 @@ from typing import Any
 
 import matplotlib
 import torch
+from gpu_sections import SECTIONS
+from gpu_setup import REAL, TOY, Figures, Setup, Size
 from rich.console import Console
 from rich.table import Table
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from gpu_sections import SECTIONS  # noqa: E402
-from gpu_setup import REAL, TOY, Figures, Setup, Size  # noqa: E402
-
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SHARE, SPEEDUP = 0.5, 24.0
 """Goals: of the measured matmul rate in the semantic step; of the teacher's latency over the student's."""
