@@ -13,10 +13,9 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -43,9 +42,8 @@ class Row:
     """Why there are no figures."""
 
 
-def measure(setup: Setup, names: Sequence[str], say: Any) -> list[Row]:
-    """Run the sections; what fails is a row, too."""
-    rows = list[Row]()
+def measure(setup: Setup, names: Sequence[str], rows: list[Row], done: Callable[[str], None]) -> None:
+    """Run the sections and add their rows, what fails too; `done` is told of each."""
     for name in names:
         for way, work in SECTIONS[name](setup).items():
             began = time.perf_counter()
@@ -59,8 +57,7 @@ def measure(setup: Setup, names: Sequence[str], say: Any) -> list[Row]:
             setup.held()  # frees what the way has left
             rows.append(row)
             told = row.failed or f"{row.figures['seconds']:.3g} s"
-            say(f"{name}: {way}: {told} ({time.perf_counter() - began:.0f} s in all)")
-    return rows
+            done(f"{name}: {way}: {told} ({time.perf_counter() - began:.0f} s in all)")
 
 
 def relative(rows: Sequence[Row], key: str) -> dict[tuple[str, str], float]:
@@ -140,41 +137,41 @@ def machine(device: str) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
 
 
-def report(setup: Setup, rows: Sequence[Row], output: Path, console: Console) -> int:
-    """Print the table, write gpu.json and gpu.png; return the exit status."""
-    here, rate = machine(setup.device.type), setup.matmul
-    title = f"{setup.size.name} on {here}, torch {torch.__version__}"
-    console.print(table_of(rows, title))
-    console.print(f"matmul of {setup.size.matmul}^2 in {setup.size.precision}: {rate / 1e12:.3g} TFLOP/s")
-    reached = goals(rows)
-    for what, (value, wanted) in reached.items():
-        met = ("reached" if value >= wanted else "missed") if setup.device.type == "cuda" else "not for a CPU"
-        console.print(f"goal, {what}: {value:.2f}, at least {wanted:g}: {met}")
+def write(setup: Setup, rows: Sequence[Row], output: Path) -> None:
+    """Write gpu.json."""
+    about = {"device": machine(setup.device.type), "torch": torch.__version__, "size": setup.size.name}
+    found = {"matmul_tflops": setup.matmul / 1e12, "goals": goals(rows), "rows": [vars(row) for row in rows]}
     output.mkdir(parents=True, exist_ok=True)
-    about = {
-        "device": here,
-        "torch": torch.__version__,
-        "size": setup.size.name,
-        "matmul_tflops": rate / 1e12,
-    }
-    found = [vars(row) for row in rows]
-    (output / "gpu.json").write_text(json.dumps(about | {"goals": reached, "rows": found}, indent=1))
+    (output / "gpu.json").write_text(json.dumps(about | found, indent=1))
+
+
+def report(setup: Setup, rows: Sequence[Row], output: Path, console: Console) -> int:
+    """Print table and goals, draw gpu.png; return the exit status."""
+    on_gpu = setup.device.type == "cuda"
+    title = f"{setup.size.name} on {machine(setup.device.type)}, torch {torch.__version__}"
+    console.print(table_of(rows, title))
+    for what, (value, wanted) in goals(rows).items():
+        met = ("reached" if value >= wanted else "missed") if on_gpu else "not for a CPU"
+        console.print(f"goal, {what}: {value:.2f}, at least {wanted:g}: {met}")
     picture(rows, output / "gpu.png", title)
     console.print(f"{output}/gpu.json and gpu.png")
     return 1 if any(row.failed for row in rows) else 0
 
 
 def bench(size: Size, device: str, names: Sequence[str], output: Path, *, repeats: int = 0) -> int:
-    """Measure and report."""
+    """Measure and report; what there is so far is always in gpu.json, should a session end early."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup(size, Path(folder), device, repeats=repeats)
-        began = time.perf_counter()
+        setup, rows = Setup(size, Path(folder), device, repeats=repeats), list[Row]()
+        began, rate = time.perf_counter(), setup.matmul / 1e12
+        console.print(f"matmul of {size.matmul}^2 in {size.precision}: {rate:.3g} TFLOP/s")
 
-        def say(line: str) -> None:
+        def done(line: str) -> None:
+            write(setup, rows, output)
             console.print(f"[{time.perf_counter() - began:5.0f} s] {line}", markup=False, highlight=False)
 
-        return report(setup, measure(setup, names, say), output, console)
+        measure(setup, names, rows, done)
+        return report(setup, rows, output, console)
 
 
 def main(argv: Sequence[str]) -> int:

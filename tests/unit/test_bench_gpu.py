@@ -101,6 +101,17 @@ def test_a_way_that_fails_is_a_row_and_the_exit_status(setup, tmp_path, monkeypa
     assert "out of memory: CUDA out of memory" in capsys.readouterr().out
 
 
+def test_what_was_measured_is_kept_when_a_session_ends_early(setup, tmp_path, monkeypatch):
+    def killed():
+        raise KeyboardInterrupt
+
+    ways = {"done": lambda: {"seconds": 2.0, "first_seconds": 2.0, "peak_gib": 1.0}, "killed": killed}
+    monkeypatch.setitem(gpu.SECTIONS, "semantic", lambda _: ways)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.bench(TINY, "cpu", ["semantic"], tmp_path)
+    assert [row["way"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]] == ["done"]
+
+
 def test_ratios_are_to_the_first_way_and_goals_are_of_their_sections():
     rows = [
         gpu.Row("semantic", "step", {"seconds": 1.0, "share": 0.4}),
