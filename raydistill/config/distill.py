@@ -31,6 +31,23 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Kernel of attention by role: a name that diffusers' `set_attention_backend` knows.
+
+    `native` sets nothing: torch chooses, or DIFFUSERS_ATTN_BACKEND. U-Nets and CogVideoX have no other.
+    HunyuanVideo masks its captions: kernels that take no mask stop at the first step. Two kernels differ by
+    rounding.
+    """
+
+    student: str = "native"
+    """Of the student, and of the goal where target.kind = online. Kernels without a backward pass, such as
+    SageAttention's, are refused."""
+    frozen: str = "native"
+    """Of the teacher, and of the moving average that gives the goal. Kernels without a backward pass are
+    refused where a token critic looks through the teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How gradients move between machines; DeepSpeed's own JSON is derived from it."""
 
@@ -50,6 +67,11 @@ class EngineConfig:
     float32 either way."""
     activation_checkpointing: bool = False
     """Recompute the student's activations in the backward pass: less memory, about a third more time."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Kernels of attention."""
+    compile_frozen: bool = False
+    """torch.compile of the blocks of the teacher, and of the moving average that gives the goal: once for
+    each kind of call, at the first steps; on CPUs it needs a C++ compiler."""
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
     """Merged into DeepSpeed's JSON last, for what has no field here."""
 
@@ -64,8 +86,11 @@ class EngineConfig:
             raise InvalidValue("engine.precision", "bf16", "needs engine.zero_stage >= 1")
         if self.backend == "torch" and self.offload_optimizer:
             raise InvalidValue("engine.offload_optimizer", True, "needs engine.backend = deepspeed")
-        if self.backend == "torch" and self.shard_teacher:
-            raise InvalidValue("engine.shard_teacher", True, "needs engine.backend = deepspeed")
+        if self.shard_teacher and (self.backend == "torch" or self.compile_frozen):
+            # Weights that come and go by hooks are not what a compiled block expects.
+            raise InvalidValue(
+                "engine.shard_teacher", True, "needs backend = deepspeed, compile_frozen = false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

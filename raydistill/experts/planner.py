@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydistill.config.distill import DistillConfig, EngineConfig, MixConfig
+from raydistill.config.distill import AttentionConfig, DistillConfig, EngineConfig, MixConfig
 from raydistill.experts.counting import CountedOperations, LiveBytes, memory_efficient_attention
 from raydistill.experts.loop import draw
 from raydistill.experts.stages import Given, Stage, build_stage, build_student
@@ -148,7 +148,14 @@ def _alone(config: DistillConfig) -> DistillConfig:
     return replace(
         config,
         mix=MixConfig(),
-        engine=replace(config.engine, backend="torch", offload_optimizer=False, shard_teacher=False),
+        engine=replace(
+            config.engine,
+            backend="torch",
+            offload_optimizer=False,
+            shard_teacher=False,
+            attention=AttentionConfig(),  # no other runs without data; all but _native_math keep as little
+            compile_frozen=False,
+        ),
         scale=replace(config.scale, num_workers=1),
     )
 

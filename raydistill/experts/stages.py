@@ -8,7 +8,7 @@ from typing import cast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raydistill.config.distill import DistillConfig
+from raydistill.config.distill import AttentionConfig, DistillConfig, EngineConfig
 from raydistill.config.stages import StageConfig
 from raydistill.consistency.schedule import RECTIFIED_FLOW, SAME_TIME, Schedule, TimeGrid
 from raydistill.errors import InvalidValue
@@ -23,8 +23,11 @@ from raydistill.models.folders import boundary_ratio
 from raydistill.models.guidance import guide_teacher, guide_teacher_by
 from raydistill.models.lora import add_lora
 from raydistill.models.protocols import VelocityField
-from raydistill.models.teacher import Teacher, is_unet
+from raydistill.models.teacher import Teacher, empty_network, is_unet
 from raydistill.models.text import null_text
+from raydistill.models.tuning import compile_blocks, require_attention, set_attention
+
+STUDENT_ATTENTION, FROZEN_ATTENTION = "engine.attention.student", "engine.attention.frozen"
 
 
 @dataclass
@@ -107,7 +110,8 @@ def require_own_networks(config: DistillConfig) -> None:
     """Check settings against the teacher's networks.
 
     Of a pipeline with two each expert has its own, and the boundary is the grid's highest time that the
-    second one owns. A critic that looks at hidden maps needs a transformer. Raises InvalidValue.
+    second one owns. A critic that looks at hidden maps needs a transformer; so do most kernels of attention.
+    Raises InvalidValue.
     """
     if (ratio := boundary_ratio(config.teacher)) is not None:
         if config.experts != "dual_full":
@@ -125,6 +129,10 @@ def require_own_networks(config: DistillConfig) -> None:
             f"detail.objective.{'adversarial' if config.detail.objective.adversarial else 'feature_matching'}"
         )
         raise InvalidValue(key, judged, "0 with a U-Net: it looks at a transformer")
+    if (kernels := config.engine.attention) != AttentionConfig():
+        empty = empty_network(config.teacher)
+        require_attention(empty, STUDENT_ATTENTION, kernels.student, gradient=True)
+        require_attention(empty, FROZEN_ATTENTION, kernels.frozen, gradient=config.is_dual and judged > 0)
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,8 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     frozen = teacher.requires_grad_(False).eval()
     for net in (frozen, target.net) if target and target.net else (frozen,):
         cast_parameters(net, engine.dtype)
+        _tune(cast(Teacher, net), config.engine)
+    set_attention(student.network, STUDENT_ATTENTION, config.engine.attention.student)
     shards = Shards(frozen) if config.engine.shard_teacher else None
     slow = cast(VelocityField, target.net) if target and target.net else student
     null = null_text(given.text) if given.null_text is None else given.null_text
@@ -180,6 +190,13 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
         config, name, segment, frozen, given.latents, given.caption_means, empty=given.empty
     )
     return Stage(name, stage, nets, segment, engine, student, target, average, companions, shards)
+
+
+def _tune(net: Teacher, how: EngineConfig) -> None:
+    """Let a frozen network compute as it is told to."""
+    set_attention(net.network, FROZEN_ATTENTION, how.attention.frozen)
+    if how.compile_frozen:
+        compile_blocks(net.network)
 
 
 def _build_slow_copies(config: DistillConfig, student: Teacher) -> tuple[SlowCopy | None, SlowCopy | None]:

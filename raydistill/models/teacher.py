@@ -111,6 +111,11 @@ def read_teacher_config(path: str | Path) -> Mapping[str, Any]:
     return _empty(network_folders(path)[0]).config
 
 
+def empty_network(path: str | Path) -> Any:
+    """Make a teacher's network without weights, of two the first. Raises MissingArtifact."""
+    return _empty(network_folders(path)[0])
+
+
 def _empty(folder: Path) -> Any:
     """Make a network without weights."""
     network, _ = KINDS[_kind(folder)]
