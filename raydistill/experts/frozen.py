@@ -14,11 +14,32 @@ from torch import nn
 from raydistill.experts.engine import join_process_group, load_deepspeed
 
 
+class Cutter:
+    """Takes parameters apart one by one, before `Shards` takes the network: none is whole but the last.
+
+    All ranks hand over the same ones in the same order, and all get rank 0's numbers.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._deepspeed, self._config = load_deepspeed(device), frozen_config(dtype)
+        join_process_group(device)
+        self._first: Any = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        """Leave this rank's share of a parameter in it."""
+        if self._first is not None:
+            self._first.convert_to_zero_parameters([parameter])
+            return
+        self._first, alone = parameter, nn.Module()
+        alone.register_parameter("first", parameter)
+        self._deepspeed.zero.Init(module=alone, dtype=parameter.dtype, config_dict_or_path=self._config)
+
+
 class Shards:
     """Holds a network's shards, and DeepSpeed's hooks on it. All ranks build and use it alike."""
 
     def __init__(self, module: nn.Module):
-        """Take a frozen network apart, in the dtype and on the device that its parameters have."""
+        """Take a frozen network apart, or one that is, in the dtype and on the device of its parameters."""
         self.module = module
         first = next(module.parameters())
         deepspeed = load_deepspeed(first.device)

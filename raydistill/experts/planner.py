@@ -161,7 +161,7 @@ def _alone(config: DistillConfig) -> DistillConfig:
 
 
 def _semantic(config: DistillConfig, teacher: Teacher) -> Teacher:
-    """Build the finished semantic expert, as `worker.load_semantic` does."""
+    """Build the finished semantic expert, as a worker does."""
     if boundary_ratio(config.teacher) is not None:
         teacher = empty_teacher(config.teacher, "semantic")
     return build_student(config, teacher, None).requires_grad_(False).eval()

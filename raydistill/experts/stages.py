@@ -1,10 +1,12 @@
 """The cast of each training stage: student, target, teacher, average, companions, and their engines."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from raydistill.errors import InvalidValue
 from raydistill.experts.averages import SlowCopy, follow
 from raydistill.experts.companions import Companion, build_companions
 from raydistill.experts.engine import Engine, build_engine
-from raydistill.experts.frozen import Shards
+from raydistill.experts.frozen import Cutter, Shards
 from raydistill.experts.semantic import Networks, Segment
 from raydistill.models.casting import cast_parameters
 from raydistill.models.expert import add_detail, copy_trainable
@@ -140,6 +142,7 @@ class Given:
     """What a stage is built from besides the settings; all networks on one device."""
 
     teacher: Teacher
+    """What the student is built from; the frozen teacher too, unless `load` gives that."""
     latents: Tensor
     """Of one sample, for shapes, (1, c, f, h, w)."""
     text: Tensor
@@ -154,6 +157,8 @@ class Given:
     """The empty caption's embedding, (l, d); None: that of word vectors."""
     empty: bool = False
     """Companions have no weights either: for a plan."""
+    load: Callable[..., Teacher] | None = None
+    """load(dtype=, device=, take=): the frozen teacher, see `load_frozen`; `teacher` is then used up."""
 
 
 def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
@@ -162,8 +167,8 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     The engine's precision is that of student, target and teacher: teacher and semantic expert are cast in
     place, so copy what is still needed in float32.
     """
-    stage, teacher = config.stage(name), given.teacher
-    student = build_student(config, teacher, given.semantic)
+    stage = config.stage(name)
+    student = build_student(config, given.teacher, given.semantic, keep=given.load is None)
     if config.engine.activation_checkpointing:
         student.enable_checkpointing()
     target, average = _build_slow_copies(config, student)
@@ -172,12 +177,12 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     engine = build_engine(
         student, config.engine, stage.optimizer, num_steps=stage.num_steps, accumulation=accumulation
     )
-    frozen = teacher.requires_grad_(False).eval()
-    for net in (frozen, target.net) if target and target.net else (frozen,):
-        cast_parameters(net, engine.dtype)
-        _tune(cast(Teacher, net), config.engine)
+    frozen, shards = _freeze_teacher(config, name, given, engine.dtype)
+    _tune(frozen, config.engine)
+    if target and target.net:
+        cast_parameters(target.net, engine.dtype)
+        _tune(cast(Teacher, target.net), config.engine)
     set_attention(student.network, STUDENT_ATTENTION, config.engine.attention.student)
-    shards = Shards(frozen) if config.engine.shard_teacher else None
     slow = cast(VelocityField, target.net) if target and target.net else student
     null = null_text(given.text) if given.null_text is None else given.null_text
     lowest = config.guidance_range[0] if config.guidance_range else config.guidance_of(name)
@@ -199,6 +204,20 @@ def _tune(net: Teacher, how: EngineConfig) -> None:
         compile_blocks(net.network)
 
 
+def _freeze_teacher(
+    config: DistillConfig, name: str, given: Given, dtype: torch.dtype
+) -> tuple[Teacher, Shards | None]:
+    """Give the frozen teacher in the engine's dtype, in shards where those are asked for."""
+    sharded, device = config.engine.shard_teacher, given.latents.device
+    if given.load is None or shares_teacher(config, name):
+        frozen = given.teacher.requires_grad_(False).eval()
+        cast_parameters(frozen, dtype)
+    else:
+        take = {"take": Cutter(dtype, device)} if sharded else {}
+        frozen = given.load(dtype=dtype, device=device, **take)
+    return frozen, Shards(frozen) if sharded else None
+
+
 def _build_slow_copies(config: DistillConfig, student: Teacher) -> tuple[SlowCopy | None, SlowCopy | None]:
     """Target and kept average as they begin; before an engine casts the student or takes it apart."""
     target = average = None
@@ -212,6 +231,13 @@ def _build_slow_copies(config: DistillConfig, student: Teacher) -> tuple[SlowCop
     if config.average_decay:
         average = SlowCopy({n: w.clone() for n, w in trained.items()}, config.average_decay)
     return target, average
+
+
+def shares_teacher(config: DistillConfig, name: str) -> bool:
+    """Whether a stage's student computes with the frozen teacher's own weights: a LoRA, below ZeRO 3."""
+    own = name == "detail" and config.experts == "dual_full"
+    lora = config.experts == "motion" or (config.semantic.lora_rank > 0 and not own)
+    return lora and config.engine.zero_stage < 3
 
 
 def build_student(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from raydistill.experts.loop import distill
 from raydistill.experts.parts import Parts
 from raydistill.experts.stages import Given, Stage, build_stage, build_student
 from raydistill.experts.tracking import Tracker
-from raydistill.models.folders import boundary_ratio
-from raydistill.models.teacher import Teacher, load_schedule, load_teacher
+from raydistill.models.teacher import Teacher, load_frozen, load_schedule, load_teacher
 from raydistill.types import Batch
 
 AVERAGES = "averages.safetensors"
@@ -130,13 +130,17 @@ def train(worker: Worker) -> None:
 
 def _build(run: Run, worker: Worker) -> Stage:
     """Load the networks of `worker.stage` onto the worker's device and give them their roles."""
-    config = run.config
-    teacher = load_teacher(config.teacher, worker.stage, config.guidance_scale).to(worker.device)
-    semantic = load_semantic(config, run.semantic, teacher) if run.semantic else None
+    config, where = run.config, (run.config.teacher, worker.stage, run.config.guidance_scale)
+    network = load_teacher(*where).to(worker.device)
+    semantic = None
+    if run.semantic:
+        # Of two whole networks the second has nothing of the first.
+        whole = config.experts == "dual_full"
+        semantic = network if whole else load_result(config, run.semantic, network)
     latents, text = (x.to(worker.device) for x in run.example)
     null = run.null_text.to(worker.device) if run.null_text is not None else None
-    schedule = load_schedule(config.teacher)
-    given = Given(teacher, latents, text, semantic, schedule, run.caption_means, null)
+    schedule, load = load_schedule(config.teacher), partial(load_frozen, *where)
+    given = Given(network, latents, text, semantic, schedule, run.caption_means, null, load=load)
     return build_stage(config, worker.stage, given)
 
 
@@ -155,17 +159,6 @@ def on_device(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:
             if images
             else None,
         )
-
-
-def load_semantic(config: DistillConfig, folder: Path, teacher: Teacher) -> Teacher:
-    """Rebuild the finished semantic expert beside the detail stage's teacher; a LoRA shares its weights.
-
-    A teacher of two networks has another one for the semantic expert.
-    """
-    if boundary_ratio(config.teacher) is not None or not config.semantic.lora_rank:
-        device = next(teacher.parameters()).device
-        teacher = load_teacher(config.teacher, "semantic", config.guidance_scale).to(device)
-    return load_result(config, folder, teacher)
 
 
 def load_result(

@@ -1,11 +1,13 @@
 """Teachers by what their folder holds: diffusers' video networks and their noise schedules."""
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
     CogVideoXTransformer3DModel,
     HunyuanVideoTransformer3DModel,
@@ -13,6 +15,9 @@ from diffusers import (
     UNetMotionModel,
     WanTransformer3DModel,
 )
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import nn
 
 from raydistill.consistency.schedule import RECTIFIED_FLOW, Schedule, VariancePreserving
 from raydistill.errors import InvalidValue, MissingArtifact, StaleArtifact
@@ -22,6 +27,8 @@ from raydistill.models.hunyuan import HunyuanField
 from raydistill.models.pair import PairField
 from raydistill.models.unet import TIMESTEPS, UNetField
 from raydistill.models.wan import WanField
+
+logger = logging.getLogger(__name__)
 
 Transformer = WanField | HunyuanField | CogVideoXField
 """Adapters with hidden maps that a critic can look at."""
@@ -58,6 +65,19 @@ def _kind(folder: Path) -> str:
     return kind
 
 
+def _folder(path: str | Path, expert: str | None, *, weights: bool = False) -> Path:
+    """Folder of an expert's network: of a pipeline with two the second is the detail expert's."""
+    folders = network_folders(path, weights=weights)
+    return folders[-1] if expert == "detail" else folders[0]
+
+
+def _field(kind: str, network: Any, guidance_scale: float | None) -> Teacher:
+    teacher = KINDS[kind][1](network).eval()
+    if guidance_scale is not None and isinstance(teacher, HunyuanField):
+        teacher.guidance = guidance_scale
+    return teacher
+
+
 def load_teacher(path: str | Path, expert: str | None = None, guidance_scale: float | None = None) -> Teacher:
     """Load a network in float32, safetensors only: its folder, that of a pipeline, or a pipeline on the hub.
 
@@ -65,11 +85,10 @@ def load_teacher(path: str | Path, expert: str | None = None, guidance_scale: fl
     `guidance_scale` is what networks with embedded guidance are given.
     Raises MissingArtifact; InvalidValue for a variant that is not known.
     """
-    folders = network_folders(path, weights=True)
-    folder = folders[-1] if expert == "detail" else folders[0]
-    network, field = KINDS[_kind(folder)]
+    folder = _folder(path, expert, weights=True)
+    kind = _kind(folder)
     try:
-        loaded = network.from_pretrained(folder, use_safetensors=True)
+        loaded = KINDS[kind][0].from_pretrained(folder, use_safetensors=True)
     except OSError as without:
         do = "convert them, pickled ones are never read"
         if not Path(path).exists():
@@ -77,23 +96,72 @@ def load_teacher(path: str | Path, expert: str | None = None, guidance_scale: fl
                 f"'{path}' is in the hub's cache in part, as after --plan: fetch it with HF_HUB_OFFLINE unset"
             )
         raise MissingArtifact(f"{folder} has no safetensors weights: {do} ({without})") from without
-    teacher = field(loaded).eval()
-    if guidance_scale is not None and isinstance(teacher, HunyuanField):
-        teacher.guidance = guidance_scale
-    return teacher
+    return _field(kind, loaded, guidance_scale)
 
 
 def empty_teacher(
     path: str | Path, expert: str | None = None, guidance_scale: float | None = None
 ) -> Teacher:
     """Make a network of its config alone, see `load_teacher`: for counting, under fake tensors."""
-    folders = network_folders(path)
-    folder = folders[-1] if expert == "detail" else folders[0]
-    network, field = KINDS[_kind(folder)]
-    teacher = field(network.from_config(network.load_config(folder))).eval()
-    if guidance_scale is not None and isinstance(teacher, HunyuanField):
-        teacher.guidance = guidance_scale
-    return teacher
+    folder = _folder(path, expert)
+    kind = _kind(folder)
+    return _field(kind, _of_config(kind, folder), guidance_scale)
+
+
+def load_frozen(
+    path: str | Path,
+    expert: str | None = None,
+    guidance_scale: float | None = None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    take: Callable[[nn.Parameter], None] = lambda _: None,
+) -> Teacher:
+    """Load a network that nothing trains onto a device, parameters in `dtype`; otherwise as `load_teacher`.
+
+    They are read one at a time, in an order that is the same everywhere, and each is handed to `take`, which
+    may put a share in its place: so never more is held than what is kept, and one tensor. Buffers keep their
+    own dtype. Weights whose names diffusers must translate first are loaded by it, whole.
+    """
+    folder = _folder(path, expert, weights=True)
+    kind, files = _kind(folder), _opened(folder)
+    with init_empty_weights():  # parameters alone: tables that no file holds are computed as ever
+        network = _of_config(kind, folder)
+    if files.keys() != network.state_dict().keys():
+        if files:
+            logger.warning("%s has other names than its network: it is loaded whole first", folder)
+        network = load_teacher(path, expert, guidance_scale).network
+        files = {}
+        for parameter in network.parameters():
+            parameter.requires_grad_(False).data = parameter.data.to(device, dtype)
+            take(parameter)
+    for name in sorted(files):
+        owner, _, leaf = name.rpartition(".")
+        layer, value = network.get_submodule(owner), files[name].get_tensor(name)
+        if (buffer := layer._buffers.get(leaf)) is not None:
+            buffer.copy_(value)
+            continue
+        layer._parameters[leaf] = parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
+        del value
+        take(parameter)
+    for layer in network.modules():
+        layer._buffers = {n: x if x is None else x.to(device) for n, x in layer._buffers.items()}
+    return _field(kind, network, guidance_scale)
+
+
+def _of_config(kind: str, folder: Path) -> Any:
+    """Make a network without its weights."""
+    network = KINDS[kind][0]
+    return network.from_config(cast(dict[str, Any], network.load_config(folder)))
+
+
+def _opened(folder: Path) -> dict[str, Any]:
+    """Each tensor's open file, by the tensor's name; none where a folder has no safetensors."""
+    paths = [folder / SAFETENSORS_WEIGHTS_NAME]
+    if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        paths = [folder / name for name in {*json.loads(index.read_bytes())["weight_map"].values()}]
+    files = [safe_open(path, "pt") for path in paths if path.is_file()]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
 def load_whole_teacher(path: str | Path, guidance_scale: float | None = None) -> Teacher | PairField:
@@ -117,10 +185,9 @@ def empty_network(path: str | Path) -> Any:
 
 
 def _empty(folder: Path) -> Any:
-    """Make a network without weights."""
-    network, _ = KINDS[_kind(folder)]
+    """Make a network without weights or tables, for its shapes."""
     with torch.device("meta"):
-        return network.from_config(cast(dict[str, Any], network.load_config(folder)))
+        return _of_config(_kind(folder), folder)
 
 
 def require_fit(path: str | Path, latent_shape: Sequence[int], text_shape: Sequence[int]) -> None:

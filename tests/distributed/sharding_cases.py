@@ -8,11 +8,11 @@ import torch
 from raydistill.config.distill import DistillConfig, EngineConfig, MixConfig, ScaleConfig
 from raydistill.config.grid import GridConfig
 from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, SemanticConfig
-from raydistill.experts.frozen import Shards
+from raydistill.experts.frozen import Cutter, Shards
 from raydistill.experts.loop import distill
 from raydistill.experts.plain_engine import rank_and_size
 from raydistill.experts.stages import Given, build_stage
-from raydistill.models.teacher import load_schedule, load_teacher
+from raydistill.models.teacher import load_frozen, load_schedule, load_teacher
 from raydistill.types import Batch, Origin
 
 STEPS = 2
@@ -82,12 +82,21 @@ def outcome(folder, case, shapes, shard):
     name, engine, more = CASES[case]
     torch.manual_seed(0)
     config = config_of(folder, name, replace(engine, shard_teacher=shard), **more)
-    teacher = load_teacher(folder)
+    teacher, frozen = load_teacher(folder), []
+    whole = sum(p.numel() for p in teacher.parameters())
     semantic = load_teacher(folder) if name == "detail" else None
     latents, text = shapes
+
+    def load(**how):
+        frozen.append(load_frozen(folder, **how))
+        return frozen[0]
+
     given = Given(teacher, torch.zeros(1, *latents), torch.zeros(1, *text), semantic, load_schedule(folder))
-    whole = sum(p.numel() for p in teacher.parameters())
-    stage, losses, held = build_stage(config, name, given), [], [held_by(teacher)]
+    # In shards the teacher is read one tensor at a time.
+    given = replace(given, load=load if shard else None)
+    stage = build_stage(config, name, given)
+    teacher = frozen[0] if shard else teacher
+    losses, held = [], [held_by(teacher)]
 
     def report(step, figures):
         losses.append({k: v for k, v in figures.items() if k.startswith("loss") or k == "grad_norm"})
@@ -142,3 +151,30 @@ def passes(folders, inputs):
         found[kind] = (equal, off, len(apart), held_by(net) / size)
         shards.close()
     return found
+
+
+def live():
+    """Bytes of all storages that any tensor of this process holds, made since `gc.freeze`."""
+    found = {}
+    for x in gc.get_objects():
+        if issubclass(type(x), torch.Tensor) and x.device.type == "cpu":
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def most_while_loading(folder, dtype):
+    """Bytes that came with loading a teacher into shards: the most at once, and what stays."""
+    cut, seen = Cutter(dtype, torch.device("cpu")), []
+    gc.collect()
+    gc.freeze()  # what is there already is many objects, and none of them counts
+
+    def take(parameter):
+        seen.append(live())
+        cut(parameter)
+        seen.append(live())
+
+    net = load_frozen(folder, dtype=dtype, device=torch.device("cpu"), take=take)
+    gc.collect()
+    assert len(seen) == 2 * len(list(net.parameters()))
+    return max(seen), live()

@@ -5,7 +5,7 @@ import pipeline_cases
 import pytest
 import torch
 from gloo_ranks import run_ranks
-from sharding_cases import CASES, STEPS, both_ways, passes
+from sharding_cases import CASES, STEPS, both_ways, most_while_loading, passes
 
 pytestmark = pytest.mark.distributed
 
@@ -59,3 +59,14 @@ def test_every_teacher_sees_the_same_in_shards(tmp_path):
             assert off < 1e-6, kind  # autograd adds what comes back along several ways in another order
             assert (count > 3) == (kind in ("wan21", "hunyuan", "cogvideox")), kind
             assert share == pytest.approx(0.5, rel=0.02), kind
+
+
+def test_no_worker_holds_more_than_its_share_and_a_tensor_while_it_loads(tmp_path):
+    net = pipeline_cases.wan_transformer(layers=4)
+    net.save_pretrained(tmp_path, safe_serialization=True)
+    count, largest = sum(p.numel() for p in net.parameters()), max(p.numel() for p in net.parameters())
+    tables = sum(x.numel() * x.element_size() for x in net.buffers())
+    for most, stays in run_ranks(most_while_loading, 2, tmp_path, torch.bfloat16):
+        assert stays == pytest.approx(2 * count / 2 + tables, rel=0.05)
+        assert most <= stays + (2 + 4) * largest
+        assert most < 0.5 * 4 * count
