@@ -83,8 +83,8 @@ def _table(rows: Iterable[Sequence[Any]]) -> str:
 
 def _notes(about: About) -> Iterable[str]:
     yield f"- Needs diffusers {OLDEST} or later{', and peft' if about.card.first_lora else ''}."
-    yield "- Steps, guidance and size are those of the training. Guidance of "
-    yield f"  {_guidance(about.card)} was distilled into it, and no negative prompt is needed."
+    yield f"- Steps, guidance and size are those of the training: guidance {_guidance(about.card)} is in the"
+    yield "  weights, and no negative prompt is needed."
     if about.card.boundary is not None:
         yield f"- The experts meet at t = {about.card.boundary:.6g}, and a step must end there."
     yield "- Without these times a call takes those of the scheduler's config: the last column below."

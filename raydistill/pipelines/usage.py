@@ -34,6 +34,7 @@ def switch(pipe, step, timestep, given):  # the second expert takes over after s
     pipe.transformer = second if {count} <= step + 1 < {total} else first
     return given
 
+
 """
 TIMES = """\
 times = {times}
