@@ -35,6 +35,9 @@ def plan_lines(config: DistillConfig, plan: StagePlan) -> Iterator[str]:
     clip = f"{plan.tokens:,} tokens a clip" if plan.tokens else "a U-Net"
     size = config.stage(plan.name).micro_batch
     yield f"  {'activations':>15}{plan.activations / GIB:>{wide}.2f}   ({clip}, {size} at once)"
+    if plan.device == plan.loading:
+        why = "the student, whole in float32 on every worker, and its averages"
+        yield f"  {'loading':>15}{plan.loading / GIB:>{wide}.2f}   ({why})"
     yield f"  {'all':>15}{plan.device / GIB:>{wide}.2f}   of {usable(config) / GIB:.1f} usable"
     if plan.host:
         yield f"  {'in host memory':>15}{plan.host / GIB:>{wide}.2f}"

@@ -77,11 +77,13 @@ class StagePlan:
     samples: int
     """Of all steps."""
     workers: int
+    loading: int
+    """Bytes before an engine takes the student: whole in float32, and its averages."""
 
     @property
     def device(self) -> int:
         """Bytes on a worker's device at the worst moment."""
-        return sum(role.device for role in self.roles) + self.activations
+        return max(sum(role.device for role in self.roles) + self.activations, self.loading)
 
     @property
     def host(self) -> int:
@@ -140,7 +142,15 @@ def plan_stage(
         found.flops,
         samples,
         config.scale.num_workers,
+        _loading(stage),
     )
+
+
+def _loading(stage: Stage) -> int:
+    """Bytes of the student as it is read, and of what is copied of it."""
+    copies = [slow for slow in (stage.target, stage.average) if slow is not None]
+    averages = [weight for slow in copies for weight in slow.weights.values()]
+    return _bytes((*stage.student.parameters(), *averages), set(), 4)
 
 
 def _alone(config: DistillConfig) -> DistillConfig:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from raydistill.artifacts import LatentStore
 from raydistill.config.distill import DistillConfig
-from raydistill.errors import IncompatibleCheckpoint, InvalidValue, MissingArtifact
+from raydistill.errors import ArtifactError, IncompatibleCheckpoint, InvalidValue, MissingArtifact
 from raydistill.experts import checkpoint
 from raydistill.experts.checkpoint import TrainState
 from raydistill.experts.stages import build_segment
 from raydistill.experts.worker import NOT_SHAPING, load_result, result_digest, settings_of
-from raydistill.models.folders import teacher_digest
+from raydistill.models.folders import built_beside, teacher_digest
 from raydistill.models.teacher import load_teacher, read_schedule
 from raydistill.models.text import null_of, text_identity
 from raydistill.sampler import SamplingPlan, build_plan, plan_lcm, plan_times, with_tail
@@ -126,14 +126,24 @@ def consolidate(folder: Path, config: DistillConfig, store: LatentStore, output:
     expected = TrainState(stage=state.stage, step=0, settings=settings, plan=state.plan)
     checkpoint.require_same_run(folder, expected)
     checkpoints = (semantic, folder) if semantic else (folder,)
-    write_student(config, output, Sample.of(store), recorded, checkpoints)
+    try:
+        with built_beside(output) as beside:
+            write_student(config, beside, Sample.of(store), recorded, checkpoints)
+    except FileNotFoundError as gone:
+        if folder.is_dir():
+            raise
+        raise MissingArtifact(f"{folder} is gone: its run has newer ones now, take one of them") from gone
     return state
 
 
 def _semantic_of(folder: Path, state: TrainState) -> Path:
     """Find the checkpoint of the semantic expert that a detail expert stands on, beside its own."""
     for other in sorted(folder.parent.glob("semantic-step-*"), reverse=True):
-        if result_digest(other) == state.settings["semantic_expert"]:
+        try:
+            found = result_digest(other)
+        except ArtifactError:  # a torn one, which is not it
+            continue
+        if found == state.settings["semantic_expert"]:
             checkpoint.verify(other)
             return other
     raise MissingArtifact(

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from raydistill.experts.loop import distill
 from raydistill.experts.parts import Parts
 from raydistill.experts.stages import Given, Stage, build_stage, build_student
 from raydistill.experts.tracking import Tracker
-from raydistill.models.teacher import Teacher, load_frozen, load_schedule, load_teacher
+from raydistill.models.teacher import Teacher, load_frozen, load_schedule
 from raydistill.types import Batch
 
 AVERAGES = "averages.safetensors"
@@ -131,7 +132,8 @@ def train(worker: Worker) -> None:
 def _build(run: Run, worker: Worker) -> Stage:
     """Load the networks of `worker.stage` onto the worker's device and give them their roles."""
     config, where = run.config, (run.config.teacher, worker.stage, run.config.guidance_scale)
-    network = load_teacher(*where).to(worker.device)
+    # Tensor by tensor: nothing of it is held twice, nor in the machine's memory beside the device's.
+    network = load_frozen(*where, dtype=torch.float32, device=torch.device(worker.device))
     semantic = None
     if run.semantic:
         # Of two whole networks the second has nothing of the first.

@@ -132,7 +132,7 @@ def load_frozen(
             logger.warning("%s has other names than its network: it is loaded whole first", folder)
         network = load_teacher(path, expert, guidance_scale).network
         files = {}
-        for parameter in network.parameters():
+        for _, parameter in sorted(network.named_parameters()):  # in the same order as below, on every worker
             parameter.requires_grad_(False).data = parameter.data.to(device, dtype)
             take(parameter)
     for name in sorted(files):

@@ -43,6 +43,8 @@ class Size:
     matmul: int
     """Side of the square matrices that a device's rate is measured with."""
     repeats: int
+    frames_kept: int
+    """Latent frames of a clip whose activations a device holds without checkpoints."""
     attention: tuple[str, ...]
     settings: tuple[str, ...] = ()
     """Changes of JOB's."""
@@ -57,6 +59,7 @@ REAL = Size(
     "bf16",
     8192,
     2,
+    11,
     ("native", "_native_flash", "_native_cudnn", "_native_efficient"),
 )
 TOY = Size(
@@ -68,6 +71,7 @@ TOY = Size(
     "fp32",
     512,
     4,
+    5,
     ("native", "_native_math", "_native_flash"),
     ("detail.critic.channels=32", "detail.lora_rank=8"),
 )
@@ -83,7 +87,8 @@ class Setup:
         self.dtype = torch.bfloat16 if size.precision == "bf16" else torch.float32
         with torch.device("meta"):
             WanTransformer3DModel(**size.network).save_config(folder)
-        self._plans: dict[tuple[str, ...], StagePlan] = {}
+        self._plans: dict[tuple[Any, ...], StagePlan] = {}
+        self._steps: dict[tuple[Any, ...], Figures] = {}
 
     def config(self, *changes: str) -> DistillConfig:
         """The published run's settings on one device; in plain torch, unless changed."""
@@ -103,24 +108,30 @@ class Setup:
         with torch.device(self.device):
             return WanField(WanTransformer3DModel(**self.size.network)).eval().requires_grad_(False)
 
-    def batch(self) -> Batch:
+    def latents(self, frames: int = 0) -> tuple[int, int, int, int]:
+        """Of the size's clips, or of clips of so many latent frames."""
+        channels, own, height, width = self.size.latents
+        return channels, frames or own, height, width
+
+    def batch(self, frames: int = 0) -> Batch:
         """One clip and its caption, of noise."""
         make = partial(torch.randn, device=self.device)
-        return Batch(torch.arange(1), make(1, *self.size.latents), make(1, *self.size.text))
+        return Batch(torch.arange(1), make(1, *self.latents(frames)), make(1, *self.size.text))
 
-    def stage(self, name: str, config: DistillConfig) -> tuple[Stage, WanField]:
+    def stage(self, name: str, config: DistillConfig, frames: int = 0) -> tuple[Stage, WanField]:
         """A stage ready to run, and its teacher."""
-        shapes = torch.zeros(1, *self.size.latents), torch.zeros(1, *self.size.text)
+        shapes = torch.zeros(1, *self.latents(frames)), torch.zeros(1, *self.size.text)
         semantic = self.network(1) if name == "detail" else None
         teacher = self.network(0)
         given = Given(teacher, *(x.to(self.device) for x in shapes), semantic)
         return build_stage(config, name, given), teacher
 
-    def plan(self, name: str, *changes: str) -> StagePlan:
+    def plan(self, name: str, *changes: str, frames: int = 0) -> StagePlan:
         """What the planner says of the same settings."""
-        key = (name, *changes)
+        key = (name, changes, frames)
         if key not in self._plans:
-            self._plans[key] = plan_stage(self.config(*changes), name, self.size.latents, self.size.text)
+            shapes = self.latents(frames), self.size.text
+            self._plans[key] = plan_stage(self.config(*changes), name, *shapes)
         return self._plans[key]
 
     @cached_property
@@ -182,23 +193,33 @@ class Setup:
         drawn: Draw = draw,
         change: Change | None = None,
         planned: bool = False,
+        frames: int = 0,
     ) -> Figures:
-        """Measure one optimizer step of a stage.
+        """Measure one optimizer step of a stage; the same way again has the figures of the first time.
 
-        Operations are the model's: what checkpoints do again is not among them.
+        Operations are the model's: what checkpoints do again is not among them. `frames`: of the clip, in
+        latents; 0 for the size's own.
         """
-        before, batch = self.held(), self.batch()
-        stage, teacher = self.stage(name, self.config(*changes))
+        key = (name, changes, drawn, change, frames)
+        if key not in self._steps:
+            self._steps[key] = self._measured(name, changes, drawn, change, frames)
+        figures = dict(self._steps[key])
+        if planned:
+            figures["planned_gib"] = self.plan(name, *changes, frames=frames).device / GIB
+        return figures
+
+    def _measured(
+        self, name: str, changes: tuple[str, ...], drawn: Draw, change: Change | None, frames: int
+    ) -> Figures:
+        before, batch = self.held(), self.batch(frames)
+        stage, teacher = self.stage(name, self.config(*changes), frames)
         if change is not None:
             change(stage, teacher, batch)
         figures = self.repeated(partial(take_step, stage, batch, drawn), before)
         stage.close()
-        model = self.plan(name, "engine.activation_checkpointing=false").flops
+        model = self.plan(name, "engine.activation_checkpointing=false", frames=frames).flops
         rate = model / figures["seconds"]
-        figures |= {"model_tflop": model / 1e12, "tflops": rate / 1e12, "share": rate / self.matmul}
-        if planned:
-            figures["planned_gib"] = self.plan(name, *changes).device / GIB
-        return figures
+        return figures | {"model_tflop": model / 1e12, "tflops": rate / 1e12, "share": rate / self.matmul}
 
 
 def take_step(stage: Stage, batch: Batch, drawn: Draw) -> None:

@@ -14,26 +14,41 @@ pytestmark = [
 
 CASE = """
 import sys
+import tempfile
 from dataclasses import replace
+from functools import partial
 import torch
 from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig
 from raydistill.config.stages import DetailConfig, OptimizerConfig, SemanticConfig
 from raydistill.experts.loop import distill
 from raydistill.experts.stages import Given, build_stage
+from raydistill.models.teacher import load_frozen
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.types import Batch
 
-name, backend, zero_stage, precision, device = sys.argv[1:]
+name, backend, zero_stage, precision, device, *more = sys.argv[1:]
 device = torch.device(device)
 sizes = {"num_steps": 2, "global_batch": 4, "micro_batch": 2, "optimizer": OptimizerConfig(warmup_steps=1)}
 config = DistillConfig(
     scale=ScaleConfig(num_workers=1), semantic=SemanticConfig(**sizes), detail=DetailConfig(**sizes),
-    engine=EngineConfig(backend=backend, zero_stage=int(zero_stage), precision=precision),
+    engine=EngineConfig(
+        backend=backend, zero_stage=int(zero_stage), precision=precision,
+        shard_teacher="sharded" in more, activation_checkpointing="sharded" in more,
+        compile_frozen="compiled" in more,
+    ),
 )
 latents, text = torch.zeros(1, 4, 16, 4, 4, device=device), torch.zeros(1, 8, 32, device=device)
 teacher = build_tiny_teacher(0).to(device)
 semantic = build_tiny_teacher(1).to(device) if name == "detail" else None
-stage = build_stage(config, name, Given(teacher, latents, text, semantic))
+given = Given(teacher, latents, text, semantic)
+if "sharded" in more:  # read from its folder as it is divided
+    with tempfile.TemporaryDirectory() as folder:
+        teacher.network.save_pretrained(folder)
+        stage = build_stage(config, name, replace(given, load=partial(load_frozen, folder)))
+    teacher = stage.shards.module
+    assert all(p.numel() == 0 and p.ds_tensor.device.type == device.type for p in teacher.parameters())
+else:
+    stage = build_stage(config, name, given)
 
 def batches():
     for k in range(9):  # indices stay on the CPU, as the worker leaves them
@@ -68,6 +83,16 @@ def _train(*case):
 @pytest.mark.parametrize("name", ["semantic", "detail"])
 def test_a_stage_trains_on_the_gpu(name, backend, zero_stage, precision):
     _train(name, backend, zero_stage, precision, "cuda:0")
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("name", ["semantic", "detail"])
+def test_a_divided_teacher_is_read_onto_the_gpu(name, zero_stage):
+    _train(name, "deepspeed", zero_stage, "bf16", "cuda:0", "sharded")
+
+
+def test_a_compiled_teacher_teaches_on_the_gpu():
+    _train("detail", "deepspeed", 2, "bf16", "cuda:0", "compiled")
 
 
 def test_a_run_on_the_cpu_of_this_machine_stays_there():

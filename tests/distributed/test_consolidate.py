@@ -30,6 +30,7 @@ from raydistill.experts.plain_engine import rank_and_size
 from raydistill.experts.result import Sample, consolidate, write_student
 from raydistill.experts.worker import Run, settings_of, train
 from raydistill.models.folders import codec_digest, teacher_digest
+from raydistill.models.teacher import load_teacher
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.sampler import keyed_noise, sample
 from raydistill.student import load_student
@@ -211,6 +212,42 @@ def test_what_is_no_whole_checkpoint_is_refused(runs, tmp_path):
     shutil.rmtree(folder_of(moved, "semantic"))
     with pytest.raises(MissingArtifact, match="copy it beside"):
         consolidated(moved, "detail", tmp_path / "made", step=1)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_stopped_one_leaves_nothing_and_a_torn_neighbour_is_passed_over(runs, tmp_path, monkeypatch):
+    config = config_of(runs, "dual")
+    run = shutil.copytree(config.output, tmp_path / "run")
+    moved = replace(config, output=str(run))
+    torn = run / "checkpoints" / "semantic-step-999999"
+    torn.mkdir()
+    (torn / "manifest.json").write_text("{")
+    whole = files(consolidated(moved, "detail", tmp_path / "made"))
+    assert whole == files(consolidated(config, "detail", tmp_path / "own"))
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("raydistill.experts.result.save_student", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            consolidated(moved, "detail", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "made", "own"}
+
+
+def test_a_checkpoint_that_its_run_prunes_meanwhile_is_said_to_be_gone(runs, tmp_path, monkeypatch):
+    config = config_of(runs, "dual")
+    run = shutil.copytree(config.output, tmp_path / "run")
+    moved = replace(config, output=str(run))
+
+    def pruned(*given, **how):
+        shutil.rmtree(folder_of(moved, "detail"))
+        return load_teacher(*given, **how)
+
+    monkeypatch.setattr("raydistill.experts.result.load_teacher", pruned)
+    with pytest.raises(MissingArtifact, match="its run has newer ones now"):
+        consolidated(moved, "detail", tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 

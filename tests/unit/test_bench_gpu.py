@@ -23,6 +23,7 @@ TINY = replace(
     text=(3, 32),
     matmul=64,
     repeats=1,
+    frames_kept=2,
     attention=("native", "_native_math"),
     settings=("grid.num_intervals=50", "detail.critic.channels=8", "detail.lora_rank=2"),
 )
@@ -40,7 +41,10 @@ def test_sections_run_and_are_reported(tmp_path, capsys):
     assert {row["section"] for row in kept["rows"]} == set(names)
     assert all(row["figures"]["seconds"] > 0 and not row["failed"] for row in kept["rows"])
     assert (tmp_path / "out" / "gpu.png").stat().st_size > 10_000
-    assert set(kept["goals"]) == {"semantic step, share of the matmul rate", "sampling, teacher over student"}
+    assert set(kept["goals"]) == {
+        "semantic step, share of the matmul rate, attention native",
+        "sampling, teacher over student",
+    }
     said = capsys.readouterr().out
     assert "matmul of 64^2" in said
     assert "not for a CPU" in said
@@ -117,6 +121,8 @@ def test_ratios_are_to_the_first_way_and_goals_are_of_their_sections():
         gpu.Row("semantic", "step", {"seconds": 1.0, "share": 0.4}),
         gpu.Row("sampling", "student, 4 steps", {"seconds": 2.0}),
         gpu.Row("sampling", "teacher, 50 steps", {"seconds": 50.0}),
+        gpu.Row("attention", "native", {"seconds": 1.0, "share": 0.4}),
+        gpu.Row("attention", "_native_cudnn", {"seconds": 0.5, "share": 0.6}),
         gpu.Row("reuse", "features reused", failed="out of memory"),
         gpu.Row("reuse", "computed again", {"seconds": 3.0}),
     ]
@@ -124,8 +130,22 @@ def test_ratios_are_to_the_first_way_and_goals_are_of_their_sections():
         ("semantic", "step"): 1.0,
         ("sampling", "student, 4 steps"): 1.0,
         ("sampling", "teacher, 50 steps"): 25.0,
+        ("attention", "native"): 1.0,
+        ("attention", "_native_cudnn"): 0.5,
     }
-    assert list(gpu.goals(rows).values()) == [(0.4, 0.5), (25.0, 24.0)]
+    assert list(gpu.goals(rows).values()) == [(0.6, 0.5), (25.0, 24.0)]
+    assert "attention _native_cudnn" in next(iter(gpu.goals(rows)))
+
+
+def test_the_same_way_is_measured_once(setup, monkeypatch):
+    taken = []
+    monkeypatch.setattr(setup, "repeated", lambda *_: taken.append(1) or {"seconds": 1.0, "peak_gib": 1.0})
+    first = setup.step("semantic")
+    assert setup.step("semantic", planned=True).keys() - first.keys() == {"planned_gib"}
+    setup.step("semantic", frames=2)
+    setup.step("semantic", change=gpu_sections.two_passes)
+    assert len(taken) == 3
+    assert setup.plan("semantic", frames=2).tokens < setup.plan("semantic").tokens
 
 
 def test_the_real_size_is_the_published_network_and_its_job(tmp_path):

@@ -18,7 +18,7 @@ from raydistill.config.plan import PlanConfig
 from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, SemanticConfig
 from raydistill.errors import DoesNotFit, InvalidValue
 from raydistill.experts import planner
-from raydistill.experts.advice import changes, require_it_fits
+from raydistill.experts.advice import changes, plan_lines, require_it_fits
 from raydistill.experts.counting import CountedOperations, LiveBytes, memory_efficient_attention
 from raydistill.experts.planner import plan_stage
 from raydistill.experts.stages import Given, build_stage
@@ -211,6 +211,25 @@ def asked(tmp_path, config, *more):
         given.append(f"motion.appearance.features={tmp_path}/features")
     given += [f"output={tmp_path}/run", "semantic.objective.coherence_stride=1"]
     return ["distill.py", "--config", str(ROOT / "jobs" / config), "--plan", *given, *more]
+
+
+def test_a_student_is_whole_in_float32_before_it_is_divided(tmp_path):
+    """Sixteen workers at ZeRO 3 hold little of it in training, and all of it as they begin."""
+    with torch.device("meta"):
+        net = WanTransformer3DModel(num_layers=2, text_dim=16)
+    net.save_config(tmp_path)
+    count = sum(p.numel() for p in net.parameters())
+    sizes = SIZES | {"global_batch": 16, "micro_batch": 1}
+    more = {"semantic": SemanticConfig(**sizes), "detail": DetailConfig(**sizes)}
+    more |= {"scale": ScaleConfig(num_workers=16), "target": TargetConfig(kind="online")}
+    engine = EngineConfig(zero_stage=3, shard_teacher=True, precision="bf16", activation_checkpointing=True)
+    config = config_of("wan21", tmp_path, engine=engine, average_decay=0.5, **more)
+    plan = plan_stage(config, "semantic", (16, 1, 2, 2), (3, 16))
+    assert plan.loading == 8 * count  # with its average
+    assert sum(role.device for role in plan.roles) + plan.activations < plan.loading == plan.device
+    assert any("whole in float32 on every worker" in line for line in plan_lines(config, plan))
+    without = plan_stage(replace(config, average_decay=0.0), "semantic", (16, 1, 2, 2), (3, 16))
+    assert without.loading == 4 * count
 
 
 @pytest.mark.parametrize("config", SHAPES)
