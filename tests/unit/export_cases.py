@@ -23,6 +23,7 @@ GRIDS = {
 RANK, ALPHA = 2, 6.0
 CASES = (
     ("wan21", "dual"),
+    ("wan21", "dual on a LoRA"),
     ("wan21", "single"),
     ("wan21", "motion"),
     ("wan22", "dual_full"),
@@ -52,15 +53,16 @@ def text_length(kind):
 def save_real_student(folder, kind, method, pipeline=None, **changes) -> tuple[Path, Path]:
     """Write folder/pipeline and folder/student with plans 2, 4 and, of two experts, 2+tail; returns both."""
     pipeline = pipeline or pipeline_cases.save(Path(folder) / "pipeline", kind)
-    grid, two = GRIDS.get(kind, FLOW), method in ("dual", "dual_full")
+    grid, two = GRIDS.get(kind, FLOW), method.startswith("dual")
     boundary = grid.nodes[13 if kind != "wan22" else 36] if two else None  # Wan2.2's networks meet at 0.875
     teacher = load_teacher(pipeline, guidance_scale=pipeline_cases.GUIDANCE)
     detail = None
-    if method == "motion":
+    on_lora = method in ("motion", "dual on a LoRA")
+    if on_lora:
         first = off_start(add_lora(teacher, RANK, ALPHA, seed=1), 2)
     else:
         first = off_start(teacher.requires_grad_(True), 3)
-    if method == "dual":
+    if method in ("dual", "dual on a LoRA"):
         detail = off_start(add_detail(first, RANK, ALPHA, seed=4), 5)
     if method == "dual_full":
         second = load_teacher(pipeline, "detail", guidance_scale=pipeline_cases.GUIDANCE)
@@ -69,14 +71,15 @@ def save_real_student(folder, kind, method, pipeline=None, **changes) -> tuple[P
     sources = {"codec": codec_digest(pipeline), "teacher": teacher_digest(pipeline), "seed": 7}
     sources |= {"data": "0" * 64, "text": prompts_identity(pipeline, text_length(kind))}
     values = {
-        "kind": method,
+        "kind": method.split()[0],
         "boundary": boundary,
         "grid": grid,
         "guidance_scale": pipeline_cases.GUIDANCE,
         "schedule": read_schedule(pipeline),
         "latent_shape": tuple(pipeline_cases.latents_of(kind).shape[1:]),
         "text_shape": tuple(text([""]).shape[1:]),
-        "lora": (RANK, ALPHA) if method in ("dual", "motion") else None,
+        "lora": (RANK, ALPHA) if method in ("dual", "motion", "dual on a LoRA") else None,
+        "semantic_lora": (RANK, ALPHA) if method == "dual on a LoRA" else None,
         "sources": sources,
     }
     card = Card(**{**values, **changes})
