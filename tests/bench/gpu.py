@@ -4,7 +4,7 @@
     python tests/bench/gpu.py --toy [--only ...]                                   a toy size on a CPU
 
 Every way of a section does the same work, the first one is the reference of its ratios; one that another
-section has measured is not measured again. All may take longer than a session lends: `--only` takes it in
+section has measured is not measured again. Where time on a GPU is short, `--only` takes all of it in
 parts, each with an `--output` of its own. A way that fails, for want of memory or else, is a row that says
 so and makes the exit status 1; the others go on.
 """
@@ -165,7 +165,7 @@ def report(setup: Setup, rows: Sequence[Row], output: Path, console: Console) ->
 
 
 def bench(size: Size, device: str, names: Sequence[str], output: Path, *, repeats: int = 0) -> int:
-    """Measure and report; what there is so far is always in gpu.json, should a session end early."""
+    """Measure and report; what there is so far is always in gpu.json, should it be cut short."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as folder:
         setup, rows = Setup(size, Path(folder), device, repeats=repeats), list[Row]()

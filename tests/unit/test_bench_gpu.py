@@ -105,7 +105,7 @@ def test_a_way_that_fails_is_a_row_and_the_exit_status(setup, tmp_path, monkeypa
     assert "out of memory: CUDA out of memory" in capsys.readouterr().out
 
 
-def test_what_was_measured_is_kept_when_a_session_ends_early(setup, tmp_path, monkeypatch):
+def test_what_was_measured_is_kept_when_it_is_cut_short(setup, tmp_path, monkeypatch):
     def killed():
         raise KeyboardInterrupt
 
