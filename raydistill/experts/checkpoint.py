@@ -35,6 +35,7 @@ from raydistill.errors import (
 from raydistill.experts.engine import Engine
 from raydistill.experts.parts import part_name
 from raydistill.experts.plain_engine import rank_and_size
+from raydistill.models.folders import sync
 
 logger = logging.getLogger(__name__)
 
@@ -262,20 +263,12 @@ def _describe(folder: Path, names: Iterable[str], world_size: int) -> dict[str, 
 def _publish(beside: Path, folder: Path, roles: Iterable[str]) -> None:
     """Give the finished folder its name, durably; a damaged one of that name gives way."""
     for path in (*(beside / role for role in roles), beside):
-        _sync_folder(path)
+        sync(path)
     if folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
     os.replace(beside, folder)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 def _identity(state: TrainState) -> dict[str, Any]:

@@ -117,10 +117,10 @@ def copy_durably(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as theirs, open(target, "wb") as ours:
         shutil.copyfileobj(theirs, ours, 1 << 20)
-    _sync(target)
+    sync(target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk keep a file or a folder's names."""
     opened = os.open(path, os.O_RDONLY)
     try:
@@ -185,7 +185,7 @@ def built_beside(output: Path) -> Generator[Path, None, None]:
         beside.mkdir()
         yield beside
         for path in beside.rglob("*"):
-            _sync(path)
+            sync(path)
         commit_file(beside, output)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

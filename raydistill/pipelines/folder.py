@@ -39,6 +39,7 @@ from raydistill.models.prompts import CLIPS, LENGTHS, prompts_identity
 from raydistill.pipelines.comfyui import has_comfyui, write_comfyui
 from raydistill.pipelines.model_card import About, card_text
 from raydistill.pipelines.schedulers import Steps, boundary_ratio_of, steps_of
+from raydistill.sampler import default_plan
 from raydistill.student import Card, load_student, read_card
 
 RECORD, VERSION = "export.json", 1
@@ -97,7 +98,7 @@ def export_pipeline(student: str | Path, teacher: str | Path, output: str | Path
     base = located(teacher, [part for part, value in index.items() if isinstance(value, list)])
     require_whole(base)
     _require_same_parts(card, base)
-    plan = wanted.plan or _default_plan(plans)
+    plan = wanted.plan or default_plan(plans)
     if plan not in plans:
         raise InvalidValue("pipeline_plan", plan, f"one of {', '.join(plans)}")
     steps = steps_of(kind, card, plans[plan], plan, wanted.path)
@@ -142,12 +143,6 @@ def _require_same_parts(card: Card, base: Path) -> None:
     found = prompts_identity(base, text.get("length", 0), text.get("precision", "fp32"))
     if text.get("digest") != found["digest"]:
         raise StaleArtifact(f"this student knows captions by another text encoder than that of {base}")
-
-
-def _default_plan(plans: Mapping[str, Any]) -> str:
-    """Name '4', or else the largest number of steps."""
-    own = [name for name in plans if name.isdecimal()] or list(plans)
-    return "4" if "4" in plans else max(own, key=lambda name: len(plans[name].jumps))
 
 
 def _keeps_lora(card: Card, kind: str) -> bool:

@@ -36,6 +36,7 @@ from raydistill.models.protocols import TextEncoder
 from raydistill.models.teacher import read_teacher_config, require_fit
 from raydistill.models.text import WORD_VECTORS, WordVectors
 from raydistill.sampler import SamplingPlan, keyed_noise, sample, teacher_plan
+from raydistill.sampler import default_plan as own_default
 from raydistill.service.bundle import (
     CODEC,
     STUDENT,
@@ -277,8 +278,7 @@ def _default(asked: str | None, plans: Mapping[str, SamplingPlan]) -> str:
     if asked and asked not in plans:
         known = f"one of {', '.join(plans)}; those with the teacher's tail need teacher=FOLDER"
         raise InvalidValue("default_plan", asked, known)
-    own = [name for name in plans if name.isdecimal()] or list(plans)
-    return asked or ("4" if "4" in plans else max(own, key=lambda name: len(plans[name].jumps)))
+    return asked or own_default(plans)
 
 
 def _shapes(

@@ -4,6 +4,7 @@ import gc
 from dataclasses import replace
 
 import torch
+from pipeline_cases import live
 
 from raydistill.config.distill import DistillConfig, EngineConfig, MixConfig, ScaleConfig
 from raydistill.config.grid import GridConfig
@@ -151,16 +152,6 @@ def passes(folders, inputs):
         found[kind] = (equal, off, len(apart), held_by(net) / size)
         shards.close()
     return found
-
-
-def live():
-    """Bytes of all storages that any tensor of this process holds, made since `gc.freeze`."""
-    found = {}
-    for x in gc.get_objects():
-        if issubclass(type(x), torch.Tensor) and x.device.type == "cpu":
-            storage = x.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
 
 
 def most_while_loading(folder, dtype):

@@ -1,6 +1,7 @@
 """Small random pipelines of the real classes, as diffusers saves them, and how each one denoises."""
 
 import functools
+import gc
 from pathlib import Path
 
 import torch
@@ -272,3 +273,13 @@ def latents_of(kind, batch=2, seed=1):
     """Normal numbers in the shape of a clip's latents."""
     channels, size = (4, (4, 4, 4)) if kind in ("modelscope", "animatediff") else (16, (3, 4, 6))
     return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def live():
+    """Bytes of all storages that any tensor of this process holds, made since `gc.freeze`."""
+    found = {}
+    for x in gc.get_objects():
+        if issubclass(type(x), torch.Tensor) and x.device.type == "cpu":
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())

@@ -52,16 +52,6 @@ def test_it_is_the_network_that_diffusers_loads(tmp_path, kind, dtype):
         assert found.guidance == 3.0
 
 
-def live():
-    """Bytes of all storages that any tensor of this process holds, made since `gc.freeze`."""
-    found = {}
-    for x in gc.get_objects():
-        if issubclass(type(x), torch.Tensor) and x.device.type == "cpu":
-            storage = x.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
 def test_never_more_is_held_than_what_is_kept_and_a_tensor(tmp_path):
     """Of a network in several files, in bfloat16."""
     net = pipeline_cases.wan_transformer(layers=8)
@@ -72,11 +62,11 @@ def test_never_more_is_held_than_what_is_kept_and_a_tensor(tmp_path):
     seen = []
     gc.collect()
     gc.freeze()  # what is there already is many objects, and none of them counts
-    take = lambda parameter: seen.append(live())  # noqa: E731
+    take = lambda parameter: seen.append(pipeline_cases.live())  # noqa: E731
     found = load_frozen(tmp_path, dtype=torch.bfloat16, device=CPU, take=take)
     assert len(seen) == len(list(net.parameters()))
     gc.collect()
-    kept = live()
+    kept = pipeline_cases.live()
     gc.unfreeze()
     assert kept == 2 * count + tables
     assert max(seen) <= 2 * count + tables + 4 * largest < 0.7 * 4 * count
