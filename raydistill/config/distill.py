@@ -1,9 +1,10 @@
 """What `jobs/distill.py` takes. Defaults are the small world's run on two CPU cores."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from raydistill.config.checks import at_least, fraction, positive
+from raydistill.config.engine import EngineConfig
 from raydistill.config.grid import GridConfig
 from raydistill.config.plan import PlanConfig
 from raydistill.config.stages import DetailConfig, MotionConfig, SemanticConfig, StageConfig
@@ -28,69 +29,6 @@ class TargetConfig:
     def __post_init__(self):
         """Check ranges."""
         fraction("target.decay", self.decay)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Kernel of attention by role: a name that diffusers' `set_attention_backend` knows.
-
-    `native` sets nothing: torch chooses, or DIFFUSERS_ATTN_BACKEND. U-Nets and CogVideoX have no other.
-    HunyuanVideo masks its captions: kernels that take no mask stop at the first step. Two kernels differ by
-    rounding.
-    """
-
-    student: str = "native"
-    """Of the student, and of the goal where target.kind = online. Kernels without a backward pass, such as
-    SageAttention's, are refused."""
-    frozen: str = "native"
-    """Of the teacher, and of the moving average that gives the goal. Kernels without a backward pass are
-    refused where a token critic looks through the teacher."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How gradients move between machines; DeepSpeed's own JSON is derived from it."""
-
-    backend: Literal["deepspeed", "torch"] = "deepspeed"
-    """`torch` is the plain reference: same numbers, no sharding, every worker holds everything."""
-    zero_stage: int = 2
-    """What ZeRO shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights. Of the
-    student and the critic, that is: the target and the moving averages of trained weights, in float32, are
-    whole on every worker at any stage, and so is the teacher unless shard_teacher is set."""
-    shard_teacher: bool = False
-    """Divide the frozen teacher over the workers, as ZeRO 3 does; a layer is whole on a worker for its pass
-    alone. A student that is a LoRA needs zero_stage = 3 beside it: below, it shares the teacher's weights."""
-    offload_optimizer: bool = False
-    """Keep optimizer states in host memory. Needs zero_stage >= 1."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of forward and backward of every network; master weights, moving averages and the exported student are
-    float32 either way."""
-    activation_checkpointing: bool = False
-    """Recompute the student's activations in the backward pass: less memory, about a third more time."""
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    """Kernels of attention."""
-    compile_frozen: bool = False
-    """torch.compile of the blocks of the teacher, and of the moving average that gives the goal: once for
-    each kind of call, at the first steps; on CPUs it needs a C++ compiler."""
-    extra: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Merged into DeepSpeed's JSON last, for what has no field here."""
-
-    def __post_init__(self):
-        """Check ranges."""
-        if self.zero_stage not in range(4):
-            raise InvalidValue("engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise InvalidValue("engine.offload_optimizer", True, "needs engine.zero_stage >= 1")
-        if self.backend == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
-            # Without sharding DeepSpeed adds bf16 gradients up in bf16.
-            raise InvalidValue("engine.precision", "bf16", "needs engine.zero_stage >= 1")
-        if self.backend == "torch" and self.offload_optimizer:
-            raise InvalidValue("engine.offload_optimizer", True, "needs engine.backend = deepspeed")
-        if self.shard_teacher and (self.backend == "torch" or self.compile_frozen):
-            # Weights that come and go by hooks are not what a compiled block expects.
-            raise InvalidValue(
-                "engine.shard_teacher", True, "needs backend = deepspeed, compile_frozen = false"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -221,8 +221,8 @@ def _object(schema: type, config: DictConfig, section: str) -> object:
     except OmegaConfBaseException as error:
         raise InvalidValue(str(error.full_key), "${...}", str(error).splitlines()[0]) from error
     except InvalidValue as error:
-        full = section + error.key.rpartition(".")[2]
-        if section and full in key_names(schema):
+        known, full = key_names(schema), section + error.key.rpartition(".")[2]
+        if section and full in known and not (error.key.startswith(section) and error.key in known):
             error.key = full
         raise
 

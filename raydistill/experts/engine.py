@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raydistill.config.distill import EngineConfig
+from raydistill.config.engine import EngineConfig
 from raydistill.config.stages import OptimizerConfig
 from raydistill.errors import DistillError
 from raydistill.experts.parts import KINDS, Parts, save_parts

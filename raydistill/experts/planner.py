@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydistill.config.distill import AttentionConfig, DistillConfig, EngineConfig, MixConfig
+from raydistill.config.distill import DistillConfig, MixConfig
+from raydistill.config.engine import AttentionConfig, EngineConfig
 from raydistill.experts.counting import CountedOperations, LiveBytes, memory_efficient_attention
 from raydistill.experts.loop import draw
 from raydistill.experts.stages import Given, Stage, build_stage, build_student

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raydistill.config.distill import AttentionConfig, DistillConfig, EngineConfig
+from raydistill.config.distill import DistillConfig
+from raydistill.config.engine import AttentionConfig, EngineConfig
 from raydistill.config.stages import StageConfig
 from raydistill.consistency.schedule import RECTIFIED_FLOW, SAME_TIME, Schedule, TimeGrid
 from raydistill.errors import InvalidValue

@@ -9,7 +9,8 @@ import unet_cases
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from raydistill.config.distill import AttentionConfig, DistillConfig, EngineConfig, ScaleConfig, TargetConfig
+from raydistill.config.distill import DistillConfig, ScaleConfig, TargetConfig
+from raydistill.config.engine import AttentionConfig, EngineConfig
 from raydistill.config.grid import GridConfig
 from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, SemanticConfig
 from raydistill.errors import InvalidValue
