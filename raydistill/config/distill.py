@@ -222,6 +222,12 @@ class DistillConfig:
             raise InvalidValue("guidance_scale_2", self.guidance_scale_2, expected)
 
     @property
+    def student_in_shards(self) -> bool:
+        """Whether a worker reads but its part of the student: at ZeRO 3, but for a copy made of it first."""
+        sharded = self.engine.backend == "deepspeed" and self.engine.zero_stage == 3
+        return sharded and self.target.kind != "ema"
+
+    @property
     def is_dual(self) -> bool:
         """Whether two experts share the path."""
         return self.experts in ("dual", "dual_full")

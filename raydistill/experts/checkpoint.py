@@ -2,7 +2,7 @@
 
     <run>/checkpoints/semantic-step-000123/
         student/part-00000-of-00002.safetensors   per role and rank: weights and optimizer states
-        averages.safetensors
+        averages/part-00000-of-00002.safetensors  moving averages, per rank
         state.json                                step, settings, plan
         manifest.json                             bytes and sha256 of all the others, written last
 
@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,17 +32,15 @@ from raydistill.errors import (
     MissingArtifact,
     disk_full_explained,
 )
-from raydistill.experts.engine import Engine
-from raydistill.experts.parts import part_name
+from raydistill.experts.parts import Parts, part_name
 from raydistill.experts.plain_engine import rank_and_size
+from raydistill.experts.protocols import Saved
 from raydistill.models.folders import sync
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.json"
+STATE, STUDENT, AVERAGES = "state.json", "student", "averages"
 LOCK = ".lock"
-FileIO = Callable[[Path], None]
-"""Writes, or reads, one file."""
 _NAME = re.compile(r"(?P<stage>.+)-step-(?P<step>\d{6,})")
 
 
@@ -69,28 +67,25 @@ def save(
     run_dir: Path,
     state: TrainState,
     *,
-    engines: Mapping[str, Engine],
-    extra: Mapping[str, FileIO] | None = None,
+    parts: Mapping[str, Saved],
     keep: int = 2,
 ) -> Path:
     """Write a checkpoint and return its folder; called by all ranks, between accumulation rounds.
 
-    `extra` names further files and what writes them on rank 0: {"averages.safetensors": save_averages}.
-    Whatever kills it leaves either the whole checkpoint or none, and the older ones as they were.
+    `parts` are the engines by role, and the averages. Whatever kills it leaves either the whole checkpoint or
+    none, and the older ones as they were.
     Raises DistillError if the disk is full.
     """
     folder = run_dir / "checkpoints" / state.name
     with disk_full_explained(folder, DistillError):
-        _write(folder, state, engines, extra or {})
+        _write(folder, state, parts)
         if rank_and_size()[0] == 0:
             prune(run_dir, state, keep)
     _wait()
     return folder
 
 
-def _write(
-    folder: Path, state: TrainState, engines: Mapping[str, Engine], extra: Mapping[str, FileIO]
-) -> None:
+def _write(folder: Path, state: TrainState, parts: Mapping[str, Saved]) -> None:
     """Write beside, describe, publish."""
     rank, world_size = rank_and_size()
     beside = folder.with_name(f".tmp-{state.name}")
@@ -98,44 +93,31 @@ def _write(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     _wait()
-    for role, engine in engines.items():
-        engine.save(beside / role)
-    mine = [f"{role}/{part_name(rank, world_size)}" for role in engines]
+    for name, part in parts.items():
+        part.save(beside / name)
+    mine = [f"{name}/{part_name(rank, world_size)}" for name in parts]
     if rank == 0:
-        for name, write in extra.items():
-            write(beside / name)
         write_json(beside / STATE, asdict(state))
-        mine += [*extra, STATE]
+        mine.append(STATE)
     files = _describe(beside, mine, world_size)
     if rank == 0:
         Manifest(kind="checkpoint", identity={"name": state.name}, files=files).write(beside)
-        _publish(beside, folder, engines)
+        _publish(beside, folder, parts)
 
 
-def load(
-    folder: Path,
-    expected: TrainState,
-    *,
-    engines: Mapping[str, Engine],
-    extra: Mapping[str, FileIO] | None = None,
-) -> TrainState:
-    """Restore engines and further files, on any number of ranks and at any ZeRO stage; called by all ranks.
+def load(folder: Path, expected: TrainState, *, parts: Mapping[str, Saved]) -> TrainState:
+    """Restore what `save` was given, on any number of ranks and at any ZeRO stage; called by all ranks.
 
-    `extra` names the further files and what reads them, on every rank. `expected` says which stage, settings
-    and plan this run has; its step is not looked at. Verify the folder before.
-    Raises IncompatibleCheckpoint, naming every difference.
+    `expected` says which stage, settings and plan this run has; its step is not looked at. Verify the folder
+    before. Raises IncompatibleCheckpoint, naming every difference.
     """
     state = require_same_run(folder, expected)
-    for role, engine in engines.items():
-        if not (folder / role).is_dir():
-            raise IncompatibleCheckpoint(f"{folder} holds no '{role}'")
-        engine.load(folder / role)
-        if role == "student" and engine.steps != state.step:
-            raise IncompatibleCheckpoint(f"{folder / role} is of step {engine.steps}, not {state.step}")
-    for name, read in (extra or {}).items():
-        if not (folder / name).is_file():
-            raise IncompatibleCheckpoint(f"{folder} holds no {name}")
-        read(folder / name)
+    for name, part in parts.items():
+        if not (folder / name).is_dir():
+            raise IncompatibleCheckpoint(f"{folder} holds no '{name}'")
+        part.load(folder / name)
+    if STUDENT in parts and (found := Parts(folder / STUDENT).step) != state.step:
+        raise IncompatibleCheckpoint(f"{folder / STUDENT} is of step {found}, not {state.step}")
     return state
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from raydistill.errors import InvalidValue
 from raydistill.experts.appearance import FrameJudge
 from raydistill.experts.averages import SlowCopy
 from raydistill.experts.detail import Judges, critic_losses, detail_look
-from raydistill.experts.engine import Engine, build_engine
+from raydistill.experts.engine import build_engine
 from raydistill.experts.motion import LearnedMotion
+from raydistill.experts.protocols import Engine
 from raydistill.experts.semantic import Look, Losses, Segment
 from raydistill.models.codec import ClipCodec, FrameCodec, load_codec
 from raydistill.models.critic import TokenCritic
@@ -69,10 +70,10 @@ def build_companions(
 
 
 def _engine(
-    config: DistillConfig, stage: StageConfig, module: nn.Module, optimizer: OptimizerConfig, *, exact: bool
+    config: DistillConfig, stage: StageConfig, role: str, module: nn.Module, optimizer: OptimizerConfig
 ) -> Engine:
-    """Take a companion into an engine; `exact` ones compute in float32 whatever the student does."""
-    how = replace(config.engine, precision="fp32") if exact else config.engine
+    """Take a companion into an engine of its role's settings."""
+    how = config.engine.of(role)
     rounds = stage.accumulation(config.scale.num_workers)
     return build_engine(module, how, optimizer, num_steps=stage.num_steps, accumulation=rounds)
 
@@ -96,7 +97,7 @@ def _token_critic(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         critic = TokenCritic(len(blocks), teacher.hidden_size, stage.critic.channels).to(latents.device)
-    engine = _engine(config, stage, critic, stage.critic.optimizer, exact=False)
+    engine = _engine(config, stage, "critic", critic, stage.critic.optimizer)
     judges = Judges(teacher, critic, blocks, grid, stage.critic.real)
     turn = lambda seen: critic_losses(critic, seen, grid)  # noqa: E731
     return Companion(detail_look(judges, segment, stage.objective), turn, engine)
@@ -109,7 +110,7 @@ def _motion_head(config: DistillConfig, stage: StageConfig, latents: Tensor) -> 
     head = build_motion_head(kind, latents.shape[1], config.seed).to(latents.device)
     slow = copy.deepcopy(head).requires_grad_(False)
     average = SlowCopy({n: p.data for n, p in slow.named_parameters()}, stage.head_decay, slow)
-    engine = _engine(config, stage, head, stage.optimizer, exact=True)
+    engine = _engine(config, stage, "motion_head", head, stage.optimizer)
     motion = LearnedMotion(head, slow, stage.objective)
     return Companion(motion.look, motion.turn, engine, average)
 
@@ -127,6 +128,6 @@ def _image_critic(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         critic = FrameCritic(features.widths, len(caption_means[0]), how.channels).to(device)
-    engine = _engine(config, stage, critic, how.optimizer, exact=True)
+    engine = _engine(config, stage, "image_critic", critic, how.optimizer)
     judge = FrameJudge(critic, codec, features, how, stage.objective.appearance, seed, caption_means)
     return Companion(judge.look, judge.turn, engine, frozen={"frame features": features, "codec": codec})

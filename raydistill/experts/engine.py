@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,54 +37,7 @@ from raydistill.experts.plain_engine import (
     learning_rate_at,
     rank_and_size,
 )
-
-
-class Engine(Protocol):
-    """A trainable network, its optimizer, its share of the machines. All ranks call every method."""
-
-    module: nn.Module
-    """For forward passes. Its parameters may be shards; `masters` gives whole ones."""
-    trainable_parameters: dict[str, nn.Parameter]
-    """By name, in a fixed order."""
-    dtype: torch.dtype
-    """Of the module's weights; inputs must be cast to it."""
-    steps: int
-    """Optimizer steps done."""
-    grad_norm: float | None
-    """Global gradient norm of the last step, before clipping; None before the first."""
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the next optimizer step: a pure function of `steps`."""
-        ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's mean loss, divided here by the micro-batches of a round."""
-        ...
-
-    def step(self) -> bool:
-        """Close a micro-batch; clip and update at the end of a round. True if an optimizer step happened."""
-        ...
-
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole float32 parameter) one by one, on their device; for reading, one at a time."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return whole float32 copies of the trainable parameters, on the CPU of every rank."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer states, each rank its share. Call it between rounds."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read them back, on any number of ranks. Raises IncompatibleCheckpoint."""
-        ...
-
-    def close(self) -> None:
-        """Free hooks and buffers; the engine is of no use afterwards."""
-        ...
+from raydistill.experts.protocols import Engine
 
 
 def build_engine(
@@ -159,13 +112,13 @@ class DeepSpeedEngine:
         device = next(iter(self.trainable_parameters.values())).device
         self._deepspeed = load_deepspeed(device)
         join_process_group(device)
-        self._shapes = {n: p.shape for n, p in self.trainable_parameters.items()}
+        self._shapes = {n: whole_shape(p) for n, p in self.trainable_parameters.items()}
         self.steps = 0
         self.grad_norm: float | None = None
         self._optimizer_config, self._num_steps = optimizer, num_steps
         self._stage = config.zero_stage
         self._adamw = build_adamw(self.trainable_parameters.values(), optimizer)
-        num_weights = sum(p.numel() for p in self.trainable_parameters.values())
+        num_weights = sum(shape.numel() for shape in self._shapes.values())
         sizes = {"accumulation": accumulation, "num_weights": num_weights}
         json = deepspeed_config(config, optimizer, device=device, **sizes)
         with redirect_stdout(StringIO()):  # some stages print their memory whatever the log level
@@ -216,6 +169,32 @@ class DeepSpeedEngine:
         whole = self._stage < 3 and self.dtype == torch.float32  # the module's own are the same numbers
         for name, parameter in self.trainable_parameters.items():
             yield name, (parameter if whole else self._read(parameter, KINDS[0])).detach()
+
+    @property
+    def divided(self) -> bool:
+        """Whether a rank keeps only its part of each parameter: at ZeRO 3."""
+        return self._stage == 3
+
+    def shares(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what this rank keeps of the masters: at ZeRO 3 its part of each, flat; below all of it."""
+        if not self.divided:
+            yield from self.masters()
+            return
+        local = self._deepspeed.utils.safe_get_local_fp32_param
+        yield from ((name, local(parameter)) for name, parameter in self.trainable_parameters.items())
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """Return this rank's share of a whole tensor of a parameter's shape; the inverse of `join`."""
+        return share_of(self.trainable_parameters[name], whole) if self.divided else whole
+
+    def join(self, name: str, share: Tensor) -> Tensor:
+        """Put a whole tensor of a parameter's shape together from all ranks' shares, on its device."""
+        if not self.divided:
+            return share
+        shape, device = self._shapes[name], self.trainable_parameters[name].device
+        whole = torch.empty(rank_and_size()[1] * share.numel(), dtype=share.dtype, device=device)
+        dist.all_gather_into_tensor(whole, share.to(device).contiguous())
+        return whole[: shape.numel()].view(shape)
 
     def weights(self) -> dict[str, Tensor]:
         """Return whole float32 copies of the trainable parameters, on the CPU of every rank."""
@@ -276,11 +255,7 @@ class DeepSpeedEngine:
 
     def _write_shard(self, parameter: Any, kind: str, value: Tensor) -> None:
         """Cut ZeRO 3's shard here, as DeepSpeed's setter does not pad; then refresh the working weights."""
-        rank, world_size = rank_and_size()
-        length = parameter.ds_tensor.numel()
-        padded = torch.zeros(length * world_size, dtype=torch.float32)
-        padded[: value.numel()] = value.flatten()
-        shard = padded.narrow(0, rank * length, length)
+        shard = share_of(parameter, value)
         if kind != KINDS[0]:
             self._deepspeed.utils.safe_set_local_optimizer_state(parameter, shard, kind)
             return
@@ -296,6 +271,20 @@ class DeepSpeedEngine:
         if self._stage == 0:
             return list(self.trainable_parameters.values())
         return [flat for group in self._adamw.param_groups for flat in group["params"]]
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """Shape of a parameter that ZeRO 3 may have divided."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def share_of(parameter: Any, whole: Tensor) -> Tensor:
+    """Cut this rank's part, flat and padded, of a tensor shaped as a parameter that ZeRO 3 divides."""
+    rank, world_size = rank_and_size()
+    length = parameter.ds_tensor.numel()
+    padded = whole.new_zeros(length * world_size)
+    padded[: whole.numel()] = whole.flatten()
+    return padded.narrow(0, rank * length, length)
 
 
 def load_deepspeed(device: torch.device) -> Any:

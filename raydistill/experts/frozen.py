@@ -1,27 +1,32 @@
-"""A frozen network in shards: every worker holds its part of each weight, by DeepSpeed's ZeRO 3.
+"""Networks in shards: every worker holds its part of each weight, by DeepSpeed's ZeRO 3.
 
-A layer's weights are gathered for its pass and freed after it, so all workers must make the same passes, in
-the same order. Gradients may go through the network, to its input.
+Of a frozen one a layer's weights are gathered for its pass and freed after it, so all workers must make the
+same passes, in the same order. Gradients may go through the network, to its input.
 """
 
+import copy
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from raydistill.experts.engine import join_process_group, load_deepspeed
+from raydistill.experts.engine import join_process_group, load_deepspeed, share_of
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Cutter:
-    """Takes parameters apart one by one, before `Shards` takes the network: none is whole but the last.
+    """Takes parameters apart one by one, before `Shards` or an engine at ZeRO 3 takes the network.
+
+    None is ever whole but the last.
 
     All ranks hand over the same ones in the same order, and all get rank 0's numbers.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self._deepspeed, self._config = load_deepspeed(device), frozen_config(dtype)
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, offload: bool = False):
+        self._deepspeed, self._config = load_deepspeed(device), frozen_config(dtype, device, offload)
         join_process_group(device)
         self._first: Any = None
 
@@ -38,15 +43,20 @@ class Cutter:
 class Shards:
     """Holds a network's shards, and DeepSpeed's hooks on it. All ranks build and use it alike."""
 
-    def __init__(self, module: nn.Module):
-        """Take a frozen network apart, or one that is, in the dtype and on the device of its parameters."""
+    def __init__(self, module: nn.Module, *, offload: bool = False):
+        """Take a frozen network apart, or one that is, in the dtype and on the device of its parameters.
+
+        With `offload` the shards are in host memory.
+        """
         self.module = module
         first = next(module.parameters())
         deepspeed = load_deepspeed(first.device)
         join_process_group(first.device)
         with redirect_stdout(StringIO()):
             self._engine, *_ = deepspeed.initialize(
-                model=module, config=frozen_config(first.dtype), dist_init_required=False
+                model=module,
+                config=frozen_config(first.dtype, first.device, offload),
+                dist_init_required=False,
             )
 
     def release(self) -> None:
@@ -58,12 +68,31 @@ class Shards:
         self._engine.destroy()
 
 
-def frozen_config(dtype: torch.dtype) -> dict[str, Any]:
+def write(parameter: Any, value: Tensor) -> None:
+    """Set a parameter, whole or divided, from a whole tensor."""
+    divided = hasattr(parameter, "ds_tensor")
+    (parameter.ds_tensor if divided else parameter).data.copy_(
+        share_of(parameter, value) if divided else value
+    )
+
+
+def copy_whole(module: Module) -> Module:
+    """Copy a module; of one that is divided the copy is whole. All ranks together."""
+    divided = [p for p in module.parameters() if hasattr(p, "ds_tensor")]
+    if not divided:
+        return copy.deepcopy(module)
+    with load_deepspeed(divided[0].device).zero.GatheredParameters(divided):
+        return copy.deepcopy(module)
+
+
+def frozen_config(dtype: torch.dtype, device: torch.device, offload: bool) -> dict[str, Any]:
     """Return DeepSpeed's JSON for a network that nothing trains."""
+    away = {"offload_param": {"device": "cpu", "pin_memory": device.type == "cuda"}} if offload else {}
     return {
         "train_micro_batch_size_per_gpu": 1,  # a name only
         "zero_optimization": {
             "stage": 3,
+            **away,
             # Nothing stays whole, and nothing is fetched ahead of its turn or kept for a later one: the
             # passes of a step differ (guided, through features, backward), and a gather is short beside a
             # layer's work on a clip.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from raydistill.errors import NonFiniteLoss
-from raydistill.experts.engine import Engine
 from raydistill.experts.meter import Meter
+from raydistill.experts.protocols import Engine
 from raydistill.experts.semantic import Losses, consistency_losses
 from raydistill.experts.stages import Companion, Stage
 from raydistill.types import Batch

@@ -107,6 +107,23 @@ class TorchEngine:
         """Yield the trainable parameters in float32: every rank holds everything."""
         yield from ((n, m.detach()) for n, m in self._masters.items())
 
+    @property
+    def divided(self) -> bool:
+        """Never."""
+        return False
+
+    def shares(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the masters: every rank holds everything."""
+        return self.masters()
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """Return the whole, as that is every rank's share."""
+        return whole
+
+    def join(self, name: str, share: Tensor) -> Tensor:
+        """Return the share, as that is the whole."""
+        return share
+
     def weights(self) -> dict[str, Tensor]:
         """Return float32 copies of the trainable parameters on the CPU."""
         return {n: m.to("cpu", copy=True) for n, m in self.masters()}

@@ -3,11 +3,9 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raydistill.config.distill import DistillConfig
@@ -15,10 +13,12 @@ from raydistill.config.engine import AttentionConfig, EngineConfig
 from raydistill.config.stages import StageConfig
 from raydistill.consistency.schedule import RECTIFIED_FLOW, SAME_TIME, Schedule, TimeGrid
 from raydistill.errors import InvalidValue
-from raydistill.experts.averages import SlowCopy, follow
+from raydistill.experts.averages import Averages, SlowCopy, follow, kept_average
+from raydistill.experts.checkpoint import AVERAGES
 from raydistill.experts.companions import Companion, build_companions
-from raydistill.experts.engine import Engine, build_engine
-from raydistill.experts.frozen import Cutter, Shards
+from raydistill.experts.engine import build_engine
+from raydistill.experts.frozen import Cutter, Shards, copy_whole
+from raydistill.experts.protocols import Engine, Saved
 from raydistill.experts.semantic import Networks, Segment
 from raydistill.models.casting import cast_parameters
 from raydistill.models.expert import add_detail, copy_trainable
@@ -58,11 +58,16 @@ class Stage:
         roles = {"student": self.engine, **others}
         return {name: engine for name, engine in roles.items() if engine is not None}
 
-    def slow_copies(self) -> dict[str, SlowCopy]:
-        """Every moving average by name."""
-        others = {name: one.slow for name, one in self.companions.items()}
-        roles = {"target": self.target, "average": self.average, **others}
-        return {name: slow for name, slow in roles.items() if slow is not None}
+    def parts(self) -> dict[str, Saved]:
+        """What a checkpoint keeps: the engines by role, and every moving average."""
+        others = {name: (one.engine, one.slow) for name, one in self.companions.items()}
+        roles = {"target": (self.engine, self.target), "average": (self.engine, self.average), **others}
+        copies = {
+            name: (engine, slow)
+            for name, (engine, slow) in roles.items()
+            if engine is not None and slow is not None
+        }
+        return {**self.engines(), AVERAGES: Averages(copies)}
 
     def update_averages(self) -> None:
         """theta^- <- mu theta^- + (1 - mu) theta, for the target, the kept average, and companions' own."""
@@ -70,21 +75,6 @@ class Stage:
         for one in self.companions.values():
             if one.engine is not None and one.slow is not None:
                 follow(one.engine, [one.slow])
-
-    def save_averages(self, path: Path) -> None:
-        """Write the moving averages."""
-        copies = self.slow_copies().items()
-        save_file(
-            {f"{kind}/{n}": w.contiguous() for kind, slow in copies for n, w in slow.weights.items()}, path
-        )
-
-    def load_averages(self, path: Path) -> None:
-        """Inverse of `save_averages`."""
-        tensors = load_file(path)
-        for kind, slow in self.slow_copies().items():
-            for name, weight in slow.weights.items():
-                weight.copy_(tensors[f"{kind}/{name}"])
-            slow.publish()
 
     def close(self) -> None:
         """Free the engines."""
@@ -172,19 +162,17 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
     student = build_student(config, given.teacher, given.semantic, keep=given.load is None)
     if config.engine.activation_checkpointing:
         student.enable_checkpointing()
-    target, average = _build_slow_copies(config, student)
+    target = _target(config, student) if config.target.kind == "ema" else None
     student.eval()  # some U-Nets have dropout, which draws from a generator's state and makes the goal random
     accumulation = stage.accumulation(config.scale.num_workers)
     engine = build_engine(
         student, config.engine, stage.optimizer, num_steps=stage.num_steps, accumulation=accumulation
     )
+    average = kept_average(engine, config.average_decay) if config.average_decay else None
     frozen, shards = _freeze_teacher(config, name, given, engine.dtype)
     _tune(frozen, config.engine)
-    if target and target.net:
-        cast_parameters(target.net, engine.dtype)
-        _tune(cast(Teacher, target.net), config.engine)
     set_attention(student.network, STUDENT_ATTENTION, config.engine.attention.student)
-    slow = cast(VelocityField, target.net) if target and target.net else student
+    slow = _begin(target, engine, config.engine) if target else student
     null = null_text(given.text) if given.null_text is None else given.null_text
     lowest = config.guidance_range[0] if config.guidance_range else config.guidance_of(name)
     by = guide_teacher_by(frozen, null)
@@ -196,6 +184,16 @@ def build_stage(config: DistillConfig, name: str, given: Given) -> Stage:
         config, name, segment, frozen, given.latents, given.caption_means, empty=given.empty
     )
     return Stage(name, stage, nets, segment, engine, student, target, average, companions, shards)
+
+
+def _begin(target: SlowCopy, engine: Engine, how: EngineConfig) -> VelocityField:
+    """Let a target begin where the engine's weights do, which bfloat16 may have rounded; give its network."""
+    net = cast(Teacher, target.net)
+    for name, master in engine.masters():
+        target.weights[name].copy_(master)
+    cast_parameters(net, engine.dtype)
+    _tune(net, how)
+    return net
 
 
 def _tune(net: Teacher, how: EngineConfig) -> None:
@@ -210,28 +208,24 @@ def _freeze_teacher(
 ) -> tuple[Teacher, Shards | None]:
     """Give the frozen teacher in the engine's dtype, in shards where those are asked for."""
     sharded, device = config.engine.shard_teacher, given.latents.device
+    offload = config.engine.offload_teacher
     if given.load is None or shares_teacher(config, name):
         frozen = given.teacher.requires_grad_(False).eval()
         cast_parameters(frozen, dtype)
     else:
-        take = {"take": Cutter(dtype, device)} if sharded else {}
+        take = {"take": Cutter(dtype, device, offload=offload)} if sharded else {}
         frozen = given.load(dtype=dtype, device=device, **take)
-    return frozen, Shards(frozen) if sharded else None
+    return frozen, Shards(frozen, offload=offload) if sharded else None
 
 
-def _build_slow_copies(config: DistillConfig, student: Teacher) -> tuple[SlowCopy | None, SlowCopy | None]:
-    """Target and kept average as they begin; before an engine casts the student or takes it apart."""
-    target = average = None
-    trained = {n: p.data for n, p in student.named_parameters() if p.requires_grad}
-    if config.target.kind == "ema":
-        # ZeRO 3 takes a module's weights apart; a copy must then hold its own.
-        share = config.engine.zero_stage < 3
-        net = copy_trainable(student) if share else copy.deepcopy(student).requires_grad_(False)
-        own = dict(net.named_parameters())
-        target = SlowCopy({n: own[n].data for n in trained}, config.target.decay, net)
-    if config.average_decay:
-        average = SlowCopy({n: w.clone() for n, w in trained.items()}, config.average_decay)
-    return target, average
+def _target(config: DistillConfig, student: Teacher) -> SlowCopy:
+    """The moving average that gives the goal; made before an engine casts the student or divides it."""
+    # ZeRO 3 takes a module's weights apart; a copy must then hold its own.
+    share = config.engine.zero_stage < 3
+    net = copy_trainable(student) if share else copy.deepcopy(student).requires_grad_(False)
+    own = dict(net.named_parameters())
+    trained = {n: own[n].data for n, p in student.named_parameters() if p.requires_grad}
+    return SlowCopy(trained, config.target.decay, net)
 
 
 def shares_teacher(config: DistillConfig, name: str) -> bool:
@@ -258,4 +252,5 @@ def build_student(
     # Two whole networks are both from the teacher (DCM, fig. 3).
     if semantic is None or config.experts == "dual_full":
         return own(teacher).requires_grad_(True)
-    return add_detail(below(semantic), config.detail.lora_rank, config.detail.lora_alpha, config.seed)
+    branch = config.detail
+    return add_detail(below(semantic), branch.lora_rank, branch.lora_alpha, config.seed, copied=copy_whole)

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from raydistill.artifacts import Manifest, fingerprint
 from raydistill.config.distill import DistillConfig
 from raydistill.config.load import dump
 from raydistill.experts import checkpoint
+from raydistill.experts.checkpoint import AVERAGES, STUDENT
+from raydistill.experts.frozen import Cutter, write
 from raydistill.experts.launch import Worker
 from raydistill.experts.loop import distill
-from raydistill.experts.parts import Parts
+from raydistill.experts.parts import KINDS, Parts
 from raydistill.experts.stages import Given, Stage, build_stage, build_student
 from raydistill.experts.tracking import Tracker
 from raydistill.models.teacher import Teacher, load_frozen, load_schedule
 from raydistill.types import Batch
 
-AVERAGES = "averages.safetensors"
 SETTINGS = "config.yaml"
 
 
@@ -94,7 +94,7 @@ def result_digest(folder: Path) -> str:
     """Fingerprint of the student's weights and averages in a checkpoint, from its manifest."""
     files = Manifest.read(folder).files
     return fingerprint(
-        {n: f["sha256"] for n, f in files.items() if n == AVERAGES or n.startswith("student/")}
+        {n: f["sha256"] for n, f in files.items() if n.startswith((f"{AVERAGES}/", f"{STUDENT}/"))}
     )
 
 
@@ -104,8 +104,7 @@ def train(worker: Worker) -> None:
     config = run.config
     stage = _build(run, worker)
     if worker.resume_from is not None:
-        files = {AVERAGES: stage.load_averages}
-        checkpoint.load(worker.resume_from, worker.state, engines=stage.engines(), extra=files)
+        checkpoint.load(worker.resume_from, worker.state, parts=stage.parts())
     if worker.rank == 0:
         dump(config, worker.run_dir / SETTINGS)
     tracker = Tracker(config.tracking, worker.run_dir, asdict(config)) if worker.rank == 0 else None
@@ -115,9 +114,8 @@ def train(worker: Worker) -> None:
             tracker.write(stage.name, step, figures)
 
     def save(step: int) -> None:
-        extra = {AVERAGES: stage.save_averages}
         reached = replace(worker.state, step=step)
-        checkpoint.save(worker.run_dir, reached, engines=stage.engines(), extra=extra, keep=config.keep)
+        checkpoint.save(worker.run_dir, reached, parts=stage.parts(), keep=config.keep)
 
     batches = on_device(run.batches(worker, stage.config.micro_batch), worker)
     every = {"report_every": config.report_every, "save_every": config.save_every}
@@ -133,7 +131,12 @@ def _build(run: Run, worker: Worker) -> Stage:
     """Load the networks of `worker.stage` onto the worker's device and give them their roles."""
     config, where = run.config, (run.config.teacher, worker.stage, run.config.guidance_scale)
     # Tensor by tensor: nothing of it is held twice, nor in the machine's memory beside the device's.
-    network = load_frozen(*where, dtype=torch.float32, device=torch.device(worker.device))
+    dtype, device, take = torch.float32, torch.device(worker.device), dict[str, Any]()
+    if config.student_in_shards:
+        # As an engine would cast it, masters included.
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else dtype
+        take = {"take": Cutter(dtype, device)}
+    network = load_frozen(*where, dtype=dtype, device=device, **take)
     semantic = None
     if run.semantic:
         # Of two whole networks the second has nothing of the first.
@@ -178,12 +181,8 @@ def load_result(
 
 def _with_weights(student: Teacher, folder: Path, *, averaged: bool) -> Teacher:
     """Give a student its trained weights, read one at a time."""
-    kept = safe_open(folder / AVERAGES, "pt") if averaged else Parts(folder / "student")
-
-    def read(name: str) -> Tensor:
-        return kept.get("weight", name) if isinstance(kept, Parts) else kept.get_tensor(f"average/{name}")
-
+    parts, kind = (Parts(folder / AVERAGES), "average") if averaged else (Parts(folder / STUDENT), KINDS[0])
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            parameter.data.copy_(read(name))
+            write(parameter, parts.get(kind, name))
     return student.requires_grad_(False).eval()

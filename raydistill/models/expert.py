@@ -7,6 +7,7 @@ holds the base once.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,16 +23,24 @@ DETAIL = "detail"
 """Name of the adapter."""
 
 
-def add_detail(semantic: Teacher, rank: int, alpha: float, seed: int) -> Teacher:
+def add_detail(
+    semantic: Teacher,
+    rank: int,
+    alpha: float,
+    seed: int,
+    *,
+    copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+) -> Teacher:
     """Build a detail expert over `semantic`, frozen here; at first both compute the same, bit for bit.
 
     LoRA on the adapter's `attention` layers and copies of its `timed` ones: only these require gradients.
-    `seed` draws LoRA's A matrices; B starts at zero. The semantic expert may be a LoRA itself.
+    `seed` draws LoRA's A matrices; B starts at zero. The semantic expert may be a LoRA itself. `copied` makes
+    the copies, of networks whose weights are not all here.
     """
     semantic.requires_grad_(False)
     detail = shared_copy(semantic)
     for name in detail.timed:
-        setattr(detail.network, name, copy.deepcopy(getattr(semantic.network, name)))
+        setattr(detail.network, name, copied(getattr(semantic.network, name)))
     attach(detail.network, detail.attention, rank, alpha, seed=seed, name=DETAIL)
     for layer in detail.network.modules():
         if isinstance(layer, LoraLayer):

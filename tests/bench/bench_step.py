@@ -66,7 +66,7 @@ def bare(config: DistillConfig, steps: int) -> float:
     text = torch.stack([torch.from_numpy(store.row(i).text) for i in range(size)])
     stage = build_stage(config, "semantic", Given(teacher, latents[:1], text[:1]))
     weights = list(stage.student.parameters())
-    copies = [list(slow.weights.values()) for slow in stage.slow_copies().values()]
+    copies = [list(slow.weights.values()) for slow in (stage.target, stage.average) if slow is not None]
     optimizer = torch.optim.AdamW(weights, lr=config.semantic.optimizer.learning_rate, weight_decay=0.0)
     marks = []
     for step in range(steps):

@@ -63,7 +63,7 @@ nets = [stage.student, teacher, stage.target.net, *(one.engine.module for one in
 for net in nets:
     assert {p.device.type for p in net.parameters()} == {device.type}
     assert {p.dtype for p in net.parameters()} == {low}
-for slow in stage.slow_copies().values():
+for _, slow in stage.parts()["averages"].copies.values():
     assert {(w.dtype, w.device.type) for w in slow.weights.values()} == {(torch.float32, device.type)}
 stage.close()
 print("trained")

@@ -127,4 +127,4 @@ def train_and_record(worker: Worker) -> None:
     seen = samples_of(list(iter_batches(worker.shard, plan, *place)))
     lines = [hashlib.sha256(b"%d:" % g + sample).hexdigest() for g, sample in seen]
     (worker.run_dir / f"rank-{worker.rank}").write_text("\n".join(lines))
-    checkpoint.save(worker.run_dir, replace(worker.state, step=num_steps), engines={})
+    checkpoint.save(worker.run_dir, replace(worker.state, step=num_steps), parts={})

@@ -84,7 +84,7 @@ def train(worker: Worker) -> None:
     """Resume, train, save; meet the accident that the config asks for."""
     engine = build(**SETTINGS)
     if worker.resume_from:
-        checkpoint.load(worker.resume_from, worker.state, engines={"student": engine})
+        checkpoint.load(worker.resume_from, worker.state, parts={"student": engine})
     assert engine.steps == worker.start_step
     blocks = worker.shard.iter_batches(batch_size=BATCH // worker.world_size, batch_format="numpy")
     for step, rows in enumerate(blocks, worker.start_step):
@@ -95,7 +95,7 @@ def train(worker: Worker) -> None:
         record(worker, engine, loss)
         if engine.steps % SAVE_EVERY == 0:
             state = replace(worker.state, step=engine.steps)
-            checkpoint.save(worker.run_dir, state, engines={"student": engine})
+            checkpoint.save(worker.run_dir, state, parts={"student": engine})
     keep_weights(engine, worker.run_dir / "final.safetensors")
 
 

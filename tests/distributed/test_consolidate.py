@@ -162,12 +162,13 @@ def test_its_weights_are_those_that_were_kept(runs, tmp_path, name):
     config, stage = config_of(runs, name), config_of(runs, name).stages[-1]
     folder = folder_of(config, stage)
     if config.average_decay:
-        file = load_file(folder / "averages.safetensors")
-        kept = {n.removeprefix("average/"): x for n, x in file.items() if n.startswith("average/")}
+        part, kind = folder / "averages", "average/"
     else:
-        parts = {n: x for part in (folder / "student").iterdir() for n, x in load_file(part).items()}
-        assert len(list((folder / "student").iterdir())) == 2
-        kept = {n.removeprefix("weight/"): x for n, x in parts.items() if n.startswith("weight/")}
+        part, kind = folder / "student", "weight/"
+    files = list(part.iterdir())
+    assert len(files) == 2
+    parts = {n: x for file in files for n, x in load_file(file).items()}
+    kept = {n.removeprefix(kind): x for n, x in parts.items() if n.startswith(kind)}
     output = consolidated(config, stage, tmp_path / "made")
     student = load_student(output, config.teacher, merged=False)
     last = student.fields["detail" if "detail" in config.stages else "semantic"]

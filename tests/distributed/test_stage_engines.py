@@ -56,7 +56,10 @@ def _trained(name, engine, semantic=None):
     stage, figures = _built(name, engine, semantic=semantic), []
     report = lambda step, values: figures.append(values)  # noqa: E731
     distill(stage, _batches(), report_every=1, save_every=9, report=report, save=lambda step: None)
-    copies = {kind: slow.weights for kind, slow in stage.slow_copies().items()}
+    copies = {
+        kind: {n: w.clone() for n, w in slow.whole(engine)}
+        for kind, (engine, slow) in stage.parts()["averages"].copies.items()
+    }
     target = {p.dtype for p in stage.target.net.parameters()}
     stage.close()
     return copies, figures[0], target

@@ -16,14 +16,16 @@ from raydistill.config.distill import EngineConfig
 from raydistill.config.stages import OptimizerConfig
 from raydistill.errors import DistillError, IncompatibleCheckpoint
 from raydistill.experts import checkpoint
+from raydistill.experts.averages import Averages, kept_average
 from raydistill.experts.checkpoint import TrainState, newest_verified
-from raydistill.experts.engine import Engine, build_engine
+from raydistill.experts.engine import build_engine
+from raydistill.experts.protocols import Engine
 
 SETTINGS = {"seed": 7, "boundary": 0.6}
 FILES = [
     "student/part-00000-of-00001.safetensors",
     "critic/part-00000-of-00001.safetensors",
-    "averages.safetensors",
+    "averages/part-00000-of-00001.safetensors",
     "state.json",
     "manifest.json",
 ]
@@ -48,8 +50,13 @@ def advance(engines: dict[str, Engine]) -> None:
 def save(run_dir, engines, *, stage="semantic", keep=9):
     """A checkpoint at the step where the student stands."""
     state = TrainState(stage=stage, step=engines["student"].steps, settings=SETTINGS, plan={"seed": 7})
-    extra = {"averages.safetensors": lambda path: path.write_bytes(b"averages" * 9)}
-    return checkpoint.save(run_dir, state, engines=engines, extra=extra, keep=keep)
+    return checkpoint.save(run_dir, state, parts=with_averages(engines), keep=keep)
+
+
+def with_averages(engines, slow=None):
+    """What a stage keeps: here an average that stands where the student does, unless another is given."""
+    slow = slow or kept_average(engines["student"], 0.9)
+    return {**engines, "averages": Averages({"average": (engines["student"], slow)})}
 
 
 def asked_for(**others) -> TrainState:
@@ -148,11 +155,10 @@ def test_restores_what_was_saved(run_dir):
     unbroken, taken_up = roles(), roles()
     for _ in range(4):
         advance(unbroken)
-    seen = []
-    extra = {"averages.safetensors": lambda path: seen.append(path.read_bytes())}
+    slow = kept_average(taken_up["student"], 0.9)
     folder = newest_verified(run_dir, "semantic")
-    assert checkpoint.load(folder, asked_for(), engines=taken_up, extra=extra).step == 2
-    assert seen == [b"averages" * 9]
+    assert checkpoint.load(folder, asked_for(), parts=with_averages(taken_up, slow)).step == 2
+    assert all(torch.equal(w, slow.weights[n]) for n, w in taken_up["student"].weights().items())
     for _ in range(2):
         advance(taken_up)
     for role, engine in unbroken.items():
@@ -173,21 +179,26 @@ def test_another_runs_checkpoint_is_refused(run_dir, difference):
     engines = roles()
     before = engines["student"].weights()
     with pytest.raises(IncompatibleCheckpoint, match="output folder of its own") as caught:
-        checkpoint.load(
-            newest_verified(run_dir, "semantic"), asked_for(**OTHERS[difference]), engines=engines
-        )
+        checkpoint.load(newest_verified(run_dir, "semantic"), asked_for(**OTHERS[difference]), parts=engines)
     assert difference in str(caught.value)
     assert all(torch.equal(w, before[n]) for n, w in engines["student"].weights().items())
 
 
-def test_a_missing_role_or_file_is_refused(run_dir):
+def test_a_missing_role_is_refused(run_dir):
     """A stage with a critic cannot go on from one without."""
     folder = newest_verified(run_dir, "semantic")
     engines = roles()
     with pytest.raises(IncompatibleCheckpoint, match="no 'judge'"):
-        checkpoint.load(folder, asked_for(), engines={"judge": engines["critic"]})
-    with pytest.raises(IncompatibleCheckpoint, match="no target"):
-        checkpoint.load(folder, asked_for(), engines=engines, extra={"target.safetensors": print})
+        checkpoint.load(folder, asked_for(), parts={"judge": engines["critic"]})
+
+
+def test_a_student_of_another_step_is_refused(run_dir):
+    """The step that a checkpoint states is its student's."""
+    folder = newest_verified(run_dir, "semantic")
+    about = json.loads((folder / "state.json").read_bytes())
+    (folder / "state.json").write_text(json.dumps(about | {"step": 7}))
+    with pytest.raises(IncompatibleCheckpoint, match="of step 2, not 7"):
+        checkpoint.load(folder, asked_for(), parts=roles())
 
 
 def test_prune_keeps_the_newest_sound_ones(run_dir):
@@ -236,12 +247,13 @@ def test_no_space_leaves_the_older_ones(run_dir):
     for _ in range(3):
         advance(engines)
 
-    def full(path):
-        raise OSError(28, "No space left on device")
+    class Full:
+        def save(self, folder):
+            raise OSError(28, "No space left on device")
 
     state = TrainState(stage="semantic", step=3, settings=SETTINGS)
     with pytest.raises(DistillError, match="semantic-step-000003: no space left"):
-        checkpoint.save(run_dir, state, engines=engines, extra={"averages.safetensors": full})
+        checkpoint.save(run_dir, state, parts={**engines, "averages": Full()})
     assert newest_verified(run_dir, "semantic").name == "semantic-step-000002"
     checkpoint.remove_unfinished(run_dir)
     names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
@@ -262,14 +274,14 @@ def test_a_stale_listing_costs_no_file(tmp_path, monkeypatch):
     taken_up = roles()
     with monkeypatch.context() as stale:
         stale.setattr(Path, "glob", lambda self, pattern: iter(()))
-        assert checkpoint.load(folder, asked_for(), engines=taken_up).step == 2
+        assert checkpoint.load(folder, asked_for(), parts=taken_up).step == 2
 
 
 KILLED_EVERYWHERE = """
 import os, shutil, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from test_checkpoint_torn import advance, checkpoint, newest_verified, roles, save
+from test_checkpoint_torn import FILES, advance, checkpoint, newest_verified, roles, save
 
 run_dir, kept = Path(sys.argv[1]), Path(sys.argv[1] + ".kept")
 shutil.copytree(run_dir, kept)
@@ -291,7 +303,7 @@ while True:  # step 2 is saved again over a damaged step 2, and step 1 is pruned
     moment += 1
     shutil.rmtree(run_dir)
     shutil.copytree(kept, run_dir)
-    (run_dir / "checkpoints" / "semantic-step-000002" / "averages.safetensors").write_bytes(b"")
+    (run_dir / "checkpoints" / "semantic-step-000002" / FILES[2]).write_bytes(b"")
     child = os.fork()
     if not child:
         die_at(moment)

@@ -52,7 +52,9 @@ def trained(config, net=None, **feed):
 def learned(stage):
     """Every role's weights, and the averages."""
     found = {role: engine.weights() for role, engine in stage.engines().items()}
-    return found | {f"slow {name}": slow.weights for name, slow in stage.slow_copies().items()}
+    return found | {
+        f"slow {name}": slow.weights for name, (_, slow) in stage.parts()["averages"].copies.items()
+    }
 
 
 def test_each_turn_reaches_its_own_weights_alone(weights):
@@ -219,15 +221,13 @@ def test_a_run_taken_up_ends_as_the_unbroken_one(weights, tmp_path):
     short = replace(broken, config=replace(broken.config, num_steps=2))
 
     def save(step):
-        for role, engine in short.engines().items():
-            engine.save(tmp_path / role)
-        short.save_averages(tmp_path / "averages.safetensors")
+        for name, part in short.parts().items():
+            part.save(tmp_path / name)
 
     distill(short, feed, report_every=9, save_every=9, report=lambda *_: None, save=save)
     again = stage_of(config)
-    for role, engine in again.engines().items():
-        engine.load(tmp_path / role)
-    again.load_averages(tmp_path / "averages.safetensors")
+    for name, part in again.parts().items():
+        part.load(tmp_path / name)
     distill(again, feed, report_every=9, save_every=9, report=lambda *_: None, save=lambda step: None)
     for role, expected in learned(unbroken).items():
         assert all(torch.equal(w, expected[n]) for n, w in learned(again)[role].items()), role

@@ -14,7 +14,7 @@ from raydistill.experts import stages
 from raydistill.experts.analyse import analyse, propose_boundary
 from raydistill.experts.loop import distill, draw
 from raydistill.experts.stages import Given, build_segment, build_stage
-from raydistill.experts.worker import AVERAGES, load_result
+from raydistill.experts.worker import load_result
 from raydistill.models.expert import own_state
 from raydistill.models.wan import WanField, build_tiny_teacher
 from raydistill.types import Batch
@@ -100,7 +100,7 @@ def _averaged(history, decay):
 def test_an_online_target_is_the_student_itself():
     stage = _stage(replace(CONFIG, target=TargetConfig(kind="online"), average_decay=0.0))
     assert stage.nets.target is stage.student
-    assert not stage.slow_copies()
+    assert not stage.parts()["averages"].copies
     assert stage.nets.teacher is not stage.student
 
 
@@ -119,9 +119,8 @@ def test_a_saved_stage_goes_on_bit_for_bit(tmp_path):
     _run(unbroken)
 
     def save(stage):
-        for role, engine in stage.engines().items():
-            engine.save(tmp_path / role)
-        stage.save_averages(tmp_path / "averages.safetensors")
+        for name, part in stage.parts().items():
+            part.save(tmp_path / name)
 
     first = _stage(name="detail", semantic=semantic)
 
@@ -132,15 +131,14 @@ def test_a_saved_stage_goes_on_bit_for_bit(tmp_path):
     with pytest.raises(InterruptedError):
         _run(first, save_every=2, save=save_and_die)
     second = _stage(name="detail", semantic=semantic)
-    for role, engine in second.engines().items():
-        engine.load(tmp_path / role)
-    second.load_averages(tmp_path / "averages.safetensors")
+    for name, part in second.parts().items():
+        part.load(tmp_path / name)
     assert second.engine.steps == 2
     _run(second, start=2)
     theirs = own_state(unbroken.student)
     assert all(torch.equal(v, theirs[n]) for n, v in own_state(second.student).items())
-    for name, slow in second.slow_copies().items():
-        theirs = unbroken.slow_copies()[name].weights
+    for name, (_, slow) in second.parts()["averages"].copies.items():
+        theirs = unbroken.parts()["averages"].copies[name][1].weights
         assert all(torch.equal(w, theirs[n]) for n, w in slow.weights.items())
     pairs = zip(*(one.engines()["critic"].module.parameters() for one in (second, unbroken)), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -209,7 +207,7 @@ def test_in_bf16_averages_and_the_result_are_float32(name, tmp_path):
     own = dict(stage.target.net.named_parameters())
     assert all(torch.equal(own[n], w.bfloat16()) for n, w in stage.target.weights.items())
     assert any(not torch.equal(w, w.bfloat16().float()) for w in stage.average.weights.values())
-    stage.save_averages(tmp_path / AVERAGES)
+    stage.parts()["averages"].save(tmp_path / "averages")
     kept = load_result(config, tmp_path, _teacher(), _stage().student if name == "detail" else None)
     assert {p.dtype for p in kept.parameters()} == {torch.float32}
     assert all(torch.equal(dict(kept.named_parameters())[n], w) for n, w in stage.average.weights.items())
