@@ -45,7 +45,7 @@ class ExportConfig:
     """Plan whose times the pipeline has. Empty: 4 if there is such a plan, else that of most steps."""
     pipeline_path: Literal["", "deterministic", "renoise"] = ""
     """The way between that plan's times, see sampling.path of jobs/distill.py. Empty: the plan's own; of two
-    experts diffusers can go deterministic alone, of U-Nets it can re-noise alone."""
+    experts diffusers can go deterministic alone."""
     license: str = ""
     """Licence of the exported weights for the model card, as the hub abbreviates it, apache-2.0."""
     device: str = "cpu"

@@ -15,8 +15,8 @@ from raydistill.errors import InvalidValue, MissingArtifact
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
-NETWORKS = ("transformer", "transformer_2", "unet")
-"""A pipeline's denoising networks; Wan2.2 has two."""
+NETWORKS = ("transformer", "transformer_2", "unet", "unet_2")
+"""A pipeline's denoising networks; Wan2.2 has two, and so has what was exported of two experts."""
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")

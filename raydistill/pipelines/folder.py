@@ -2,7 +2,8 @@
 
 model_index.json, scheduler/, vae/, text_encoder/ ...   as in the teacher's own folder
 transformer/ or unet/         the student; of two experts the semantic one
-transformer_2/                the detail expert, all of it; Wan's pipeline knows what it is
+transformer_2/ or unet_2/     the detail expert, all of it; Wan's pipeline knows what it is, the model card's
+                              lines hand it to the others
 pytorch_lora_weights.safetensors    of a student that is a LoRA, whose base is then in transformer/
 comfyui/                      the same LoRA by the names of the model's own release
 README.md                     model card, with the lines that sample
@@ -184,11 +185,12 @@ def _copy_parts(base: Path, beside: Path, *, keep_network: bool) -> None:
 
 
 def _write_networks(student: Path, teacher: str | Path, card: Card, beside: Path) -> None:
-    """Write the student's networks whole, the first by its name in the teacher's pipeline.
+    """Write the student's networks whole, the first by its name in the teacher's pipeline, `_2` the second.
 
     What lies in the student's folder as diffusers has it is copied; only branches are loaded, to be folded.
     """
-    names = {"semantic": network_folders(teacher)[0].name, "detail": "transformer_2"}
+    first = network_folders(teacher)[0].name
+    names = {"semantic": first, "detail": f"{first}_2"}
     loaded: Mapping[str, Any] = {}
     if card.first_lora is not None or card.kind == "dual":
         on = teacher if card.first_lora is not None else None

@@ -39,6 +39,8 @@ class Steps:
     """Where the steps start by the scheduler's config alone, in a call that names but their number."""
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Times that the pipeline's call is given beside the number of steps."""
+    timesteps: tuple[int, ...] = ()
+    """Times that the scheduler is given, where the call takes none and the config alone has others."""
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -52,31 +54,25 @@ def steps_of(kind: str, card: Card, plan: SamplingPlan, name: str, path: str = "
     path: 'deterministic' or 'renoise' in place of the plan's own. Flow schedulers are fitted, see `fit_flow`.
     Re-noising schedulers (LCM) noise the predicted clean data, so the plan that comes back ends at 0 even
     where the stored one was trained to end at `last`. Raises InvalidValue for a plan that no scheduler takes:
-    with steps of the teacher, an extrapolating jump, two experts that re-noise, a U-Net's deterministic one.
+    with steps of the teacher, an extrapolating jump, two experts that re-noise.
     """
     plan = replace(plan, path=cast(Any, path) or plan.path)
     if why := _not_taken(plan):
-        raise _refused(kind, name, why)
+        raise InvalidValue("pipeline_plan", name, f"a plan that diffusers' {kind} can take: {why}")
     renoises = plan.path == "renoise" and len(plan.jumps) > 1
     if renoises:
         plan = plan_times((*(one.t for one in plan.jumps), 0.0), None, 0.0, "renoise")
     if not card.schedule:
         return _flow_steps(kind, card.grid, plan, renoises)
     steps = [round(1000 * one.t) - 1 for one in plan.jumps]
-    made = _lcm(card) if renoises or kind not in TAKES_TIMES else _dpm(card)
+    made = _lcm(card) if renoises else _dpm(card)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, about diffusers
         made.set_timesteps(len(steps))
     bare = tuple((step + 1) / 1000 for step in made.timesteps.tolist())
     if kind in TAKES_TIMES:
         return Steps(made, plan, bare, {TAKES_TIMES[kind]: steps})
-    if len(steps) > 1 and not renoises:
-        why = "it takes no times, and its schedulers have LCM's, which re-noises: pipeline_path=renoise"
-        raise _refused(kind, name, why)
-    if made.timesteps.tolist() != steps:
-        why = f"LCM's scheduler has timesteps {made.timesteps.tolist()}, the plan {steps}"
-        raise _refused(kind, name, why)
-    return Steps(made, plan, bare)
+    return Steps(made, plan, bare, timesteps=() if made.timesteps.tolist() == steps else tuple(steps))
 
 
 def _not_taken(plan: SamplingPlan) -> str | None:
@@ -88,10 +84,6 @@ def _not_taken(plan: SamplingPlan) -> str | None:
     if plan.path == "renoise" and len(plan.jumps) > 1 and plan.boundary is not None:
         return "here two experts re-noise, each within its phase: pipeline_path=deterministic goes straight"
     return None
-
-
-def _refused(kind: str, name: str, why: str) -> InvalidValue:
-    return InvalidValue("pipeline_plan", name, f"a plan that diffusers' {kind} can take: {why}")
 
 
 def _flow_steps(kind: str, grid: TimeGrid, plan: SamplingPlan, renoises: bool) -> Steps:

@@ -12,6 +12,8 @@ from raydistill.student import Card
 SECOND = {
     "HunyuanVideoPipeline": "HunyuanVideoTransformer3DModel",
     "CogVideoXPipeline": "CogVideoXTransformer3DModel",
+    "TextToVideoSDPipeline": "UNet3DConditionModel",
+    "AnimateDiffPipeline": "UNetMotionModel",
 }
 """Networks of pipelines that hold one; the second is handed over between two steps."""
 PROMPT = "a cat walks through wet grass"
@@ -26,27 +28,38 @@ dtype = torch.bfloat16 if device == "cuda" else torch.float32
 pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
 """
 SWITCH = """
-first = pipe.transformer
-second = {network}.from_pretrained(folder, subfolder="transformer_2", dtype=dtype).to(device)
+first = pipe.{part}
+second = {network}.from_pretrained(folder, subfolder="{part}_2", dtype=dtype).to(device)
 
 
-def switch(pipe, step, timestep, given):  # the second expert takes over after step {last}
-    pipe.transformer = second if {count} <= step + 1 < {total} else first
-    return given
-
+def switch({given}):  # the second expert takes over after step {last}
+    pipe.{part} = second if {last} <= step + 1 < {total} else first
+{back}
 
 """
+CALLED = {
+    "callback_on_step_end": {"given": "pipe, step, timestep, given", "back": "    return given\n"},
+    "callback": {"given": "step, timestep, latents", "back": ""},
+}
+"""Arguments of a pipeline's call that hold what it runs after each step, and how that is written."""
 TIMES = """\
 times = {times}
 pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, shift=1.0, shift_terminal=None)
 """
 TAKEN = "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=times)\n"
 """Wan's call has no argument for times."""
+TIMESTEPS = """\
+timesteps = {timesteps}
+set_timesteps = pipe.scheduler.set_timesteps
+pipe.scheduler.set_timesteps = lambda _, device: set_timesteps(timesteps=timesteps, device=device)
+"""
+"""Nor have those of the U-Nets; their schedulers take times in place of a number of steps."""
 
 
 def usage_of(kind: str, card: Card, steps: Steps, fps: int, *, lora: bool) -> str:
     """Write the program: it runs in the folder as it stands, on a GPU or a CPU, and writes video.mp4."""
     switches, count = kind in SECOND and card.boundary is not None, len(steps.plan.jumps)
+    called = "callback" if kind == "TextToVideoSDPipeline" else "callback_on_step_end"
     imported = ", ".join(sorted(["DiffusionPipeline", *([SECOND[kind]] if switches else [])]))
     lines = LOAD.format(imported=imported)
     if lora:
@@ -55,13 +68,17 @@ def usage_of(kind: str, card: Card, steps: Steps, fps: int, *, lora: bool) -> st
         lines += TIMES.format(times=list(steps.times))
         if kind not in TAKES_TIMES:
             lines = "from functools import partial\n\n" + lines + TAKEN
+    if steps.timesteps:
+        lines += TIMESTEPS.format(timesteps=list(steps.timesteps))
     if switches:
+        part = "unet" if "UNet" in SECOND[kind] else "transformer"
         last = sum(one.expert == "semantic" for one in steps.plan.jumps)
-        lines += SWITCH.format(network=SECOND[kind], count=last, last=last, total=count)
-    lines += f'torch.manual_seed(0)\nframes = pipe(\n    "{PROMPT}",\n    num_inference_steps={count},\n'
+        lines += SWITCH.format(part=part, network=SECOND[kind], last=last, total=count, **CALLED[called])
+    number = "len(timesteps)" if steps.timesteps else count
+    lines += f'torch.manual_seed(0)\nframes = pipe(\n    "{PROMPT}",\n    num_inference_steps={number},\n'
     for name, value in arguments_of(kind, card, steps).items():
         lines += f"    {name}={value},\n"
-    lines += "    callback_on_step_end=switch,\n" if switches else ""
+    lines += f"    {called}=switch,\n" if switches else ""
     return f'{lines}    output_type="np",\n).frames[0]\nexport_to_video(frames, "video.mp4", fps={fps})\n'
 
 

@@ -11,7 +11,7 @@ from raydistill.models.folders import codec_digest, teacher_digest
 from raydistill.models.lora import add_lora
 from raydistill.models.prompts import PromptEncoder, prompts_identity
 from raydistill.models.teacher import load_teacher, read_schedule
-from raydistill.sampler import build_plan, plan_lcm, with_tail
+from raydistill.sampler import build_plan, plan_lcm, plan_times, with_tail
 from raydistill.student import Card, save_student
 
 FLOW = TimeGrid(50, shift=17.0, last=shift(0.001, 17.0))
@@ -32,8 +32,14 @@ CASES = (
     ("cogvideox", "dual"),
     ("cogvideox", "motion"),
     ("modelscope", "motion"),
+    ("modelscope", "single"),
+    ("modelscope", "dual"),
     ("animatediff", "motion"),
+    ("animatediff", "dual"),
+    ("animatediff", "dual_full"),
 )
+PLANS = {("animatediff", "motion"): "3"}
+"""Plans that are exported where it is not '4'; this one's times are none of LCM's."""
 
 
 def off_start(field, seed):
@@ -51,7 +57,10 @@ def text_length(kind):
 
 
 def save_real_student(folder, kind, method, pipeline=None, **changes) -> tuple[Path, Path]:
-    """Write folder/pipeline and folder/student with plans 2, 4 and, of two experts, 2+tail; returns both."""
+    """Write folder/pipeline and folder/student with plans 2, 4 and, of two experts, 2+tail; returns both.
+
+    Of MCM's also 3, unevenly.
+    """
     pipeline = pipeline or pipeline_cases.save(Path(folder) / "pipeline", kind)
     grid, two = GRIDS.get(kind, FLOW), method.startswith("dual")
     boundary = grid.nodes[13 if kind != "wan22" else 36] if two else None  # Wan2.2's networks meet at 0.875
@@ -85,6 +94,7 @@ def save_real_student(folder, kind, method, pipeline=None, **changes) -> tuple[P
     card = Card(**{**values, **changes})
     if method == "motion":
         plans = {str(n): plan_lcm(n, grid) for n in (2, 4)}
+        plans["3"] = plan_times((1.0, 0.9, 0.3, 0.0), None, grid.last, "renoise")
     else:
         plans = {str(n): build_plan(n, boundary, grid) for n in (2, 4)}
     if two:

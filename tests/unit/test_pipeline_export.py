@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from einops import rearrange
-from export_cases import ALPHA, CASES, RANK, save_real_student, text_length
+from export_cases import ALPHA, CASES, PLANS, RANK, save_real_student, text_length
 from safetensors.torch import load_file
 
 from raydistill.models.codec import load_codec
@@ -37,11 +37,12 @@ for folder in sys.argv[1:]:
     made = {}
     exec(code, made)
     numpy.save("made.npy", made["frames"])
-    ready = made["pipe"].transformer is made["first"] if "first" in made else True
+    network = getattr(made["pipe"], "unet", None) or made["pipe"].transformer
+    ready = network is made.get("first", network)
     steps = made["pipe"].scheduler.timesteps.tolist()
     json.dump([type(made["pipe"]).__name__, steps, ready], open("made.json", "w"))
-    if "sigmas" in code:
-        timed = re.compile("times =|=times|partial|pipe.scheduler")
+    if "sigmas" in code or "set_timesteps" in code and "switch" not in code:
+        timed = re.compile("times =|=times|partial|timesteps =|set_timesteps|pipe.scheduler")
         bare = [line for line in code.splitlines() if not timed.search(line)]
         exec("\\n".join(bare), made)
         numpy.save("bare.npy", made["frames"])
@@ -55,7 +56,8 @@ def exported(tmp_path_factory):
     for kind, method in CASES:
         folder = tmp_path_factory.mktemp(f"{kind}-{method}")
         student, pipeline = save_real_student(folder, kind, method)
-        done = export_pipeline(student, pipeline, folder / "out", Wanted(name="small"))
+        wanted = Wanted(name="small", plan=PLANS.get((kind, method), ""))
+        done = export_pipeline(student, pipeline, folder / "out", wanted)
         assert done.written
         made[kind, method] = student, pipeline, done
     folders = [str(done.folder) for _, _, done in made.values()]
@@ -103,7 +105,7 @@ def ours(case, made, plan):
 def test_the_cards_lines_make_the_frames_of_the_stored_plan(exported, case):
     student, _, done = exported[case]
     card, plans = read_card(student)
-    plan = plans["4"]
+    plan = plans[PLANS.get(case, "4")]
     if plan.path == "renoise":  # the schedulers noise predicted data; training's jumps end at `last`
         plan = replace(plan, last=0.0)
     frames = ours(case, exported[case], plan)
@@ -131,6 +133,16 @@ def test_the_scheduler_alone_has_the_boundary_and_near_times(exported, case):
         frames = ours(case, exported[case], plan_times((*times, 0.0), card.boundary, 0.0, path))
         theirs = torch.from_numpy(np.load(done.folder / "bare.npy"))
         torch.testing.assert_close(frames, theirs, rtol=0, atol=2e-3)
+
+
+def test_a_u_nets_scheduler_alone_goes_straight_in_even_steps(exported):
+    case = ("modelscope", "single")
+    done = exported[case][2]
+    assert done.steps.bare == (1.0, 0.75, 0.5, 0.25) != done.steps.times
+    frames = ours(case, exported[case], plan_times((*done.steps.bare, 0.0), None))
+    theirs = torch.from_numpy(np.load(done.folder / "bare.npy"))
+    torch.testing.assert_close(frames, theirs, rtol=0, atol=2e-3)
+    assert np.abs(theirs.numpy() - np.load(done.folder / "made.npy")).max() > 2e-3
 
 
 def test_a_folder_without_an_expert_is_wans_own(exported):

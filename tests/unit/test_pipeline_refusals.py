@@ -18,10 +18,10 @@ from raydistill.consistency.phases import split_evenly
 from raydistill.consistency.schedule import TimeGrid
 from raydistill.errors import CorruptArtifact, InvalidValue, MissingArtifact, MissingValue, StaleArtifact
 from raydistill.models.folders import built_beside
-from raydistill.models.teacher import load_teacher
+from raydistill.models.teacher import load_teacher, load_whole_teacher
 from raydistill.pipelines.folder import Wanted, export_pipeline
 from raydistill.pipelines.schedulers import fit_flow
-from raydistill.sampler import build_plan, plan_lcm, plan_times
+from raydistill.sampler import build_plan, plan_times
 from raydistill.student import read_card
 
 
@@ -85,17 +85,35 @@ def test_plans_that_no_scheduler_takes(dual, tmp_path, monkeypatch, plan, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_deterministic_plans_of_a_u_net_are_refused(tmp_path, monkeypatch):
+def test_a_u_nets_scheduler_is_given_times_where_it_has_others(tmp_path):
     student, pipeline = save_real_student(tmp_path, "modelscope", "motion")
-    card, plans = read_card(student)
-    straight = {"4": plan_lcm(4, card.grid, "deterministic")}
-    monkeypatch.setattr("raydistill.pipelines.folder.read_card", lambda _: (card, straight))
-    with pytest.raises(InvalidValue, match="LCM's, which re-noises"):
-        export_pipeline(student, pipeline, tmp_path / "out", Wanted(name="small"))
-    uneven = {"3": plan_times((1.0, 0.9, 0.3, 0.0), None, 0.001, "renoise")}
-    monkeypatch.setattr("raydistill.pipelines.folder.read_card", lambda _: (card, plans | uneven))
-    with pytest.raises(InvalidValue, match=r"timesteps \[999"):
-        export_pipeline(student, pipeline, tmp_path / "out", Wanted(name="small", plan="3"))
+    for plan, path, kind, steps, lines in (
+        ("4", "", "LCMScheduler", [999, 759, 499, 259], False),
+        ("4", "deterministic", "DPMSolverMultistepScheduler", [999, 759, 499, 259], True),
+        ("2", "deterministic", "DPMSolverMultistepScheduler", [999, 499], False),
+        ("3", "", "LCMScheduler", [999, 899, 299], True),
+    ):
+        out = tmp_path / f"{plan}{path}"
+        done = export_pipeline(student, pipeline, out, Wanted(name="small", plan=plan, path=path))
+        assert json.loads((out / "model_index.json").read_text())["scheduler"] == ["diffusers", kind]
+        assert [round(1000 * t) - 1 for t in done.steps.times] == steps
+        assert (f"timesteps = {steps}\n" in (out / "README.md").read_text()) == lines
+        assert (done.steps.bare != done.steps.times) == lines
+
+
+def test_two_experts_of_a_u_net_that_re_noise_are_refused(tmp_path):
+    student, pipeline = save_real_student(tmp_path, "modelscope", "dual")
+    with pytest.raises(InvalidValue, match="two experts re-noise"):
+        export_pipeline(student, pipeline, tmp_path / "out", Wanted(name="small", path="renoise"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_pair_of_u_nets_is_no_teacher(tmp_path):
+    """Its first network alone would be half of it."""
+    student, pipeline = save_real_student(tmp_path, "animatediff", "dual")
+    done = export_pipeline(student, pipeline, tmp_path / "out", Wanted(name="small"))
+    with pytest.raises(MissingArtifact, match="two networks"):
+        load_whole_teacher(done.folder)
 
 
 @pytest.mark.parametrize("method", ["dual", "motion"])
