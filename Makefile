@@ -2,8 +2,9 @@
 #
 #   make distill    the main job on the small world: prepare, distil, baseline, evaluate
 #   make serve      the student of `make distill` over HTTP, on this machine, until Ctrl-C
-#   make test       all tests                       make check    format, lint, types, layers
-#   make bench      ratios to bare loops            make clean    all that these commands made
+#   make test       the tests, but for the long     make test-long  those
+#   make check      format, lint, types, layers     make bench      ratios to bare loops
+#   make clean      all that these commands made
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install distill serve test test-unit test-cluster check format bench clean
+.PHONY: install distill serve test test-unit test-cluster test-long check format bench clean
 
 install: $(INSTALLED)
 
@@ -46,9 +47,14 @@ test-unit: install
 	python -m pytest -n 2 --dist loadfile tests/unit tests/property
 
 # Two files at a time, the longest first: each test starts processes of its own, and waits for them half of its time.
+CLUSTER := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 \
+	$(wildcard tests/e2e/test_main_job.py tests/e2e tests/distributed tests/device)
+
 test-cluster: install
-	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 \
-		$(wildcard tests/e2e/test_main_job.py tests/e2e tests/distributed tests/device)
+	$(CLUSTER) -m "not long"
+
+test-long: install
+	$(CLUSTER) -m long
 
 check: install
 	ruff format --check --diff --quiet .

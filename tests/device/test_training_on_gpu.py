@@ -34,7 +34,7 @@ config = DistillConfig(
     engine=EngineConfig(
         backend=backend, zero_stage=int(zero_stage), precision=precision,
         shard_teacher="sharded" in more, activation_checkpointing="sharded" in more,
-        compile_frozen="compiled" in more,
+        offload_teacher="offloaded" in more, compile_frozen="compiled" in more,
     ),
 )
 latents, text = torch.zeros(1, 4, 16, 4, 4, device=device), torch.zeros(1, 8, 32, device=device)
@@ -46,7 +46,8 @@ if "sharded" in more:  # read from its folder as it is divided
         teacher.network.save_pretrained(folder)
         stage = build_stage(config, name, replace(given, load=partial(load_frozen, folder)))
     teacher = stage.shards.module
-    assert all(p.numel() == 0 and p.ds_tensor.device.type == device.type for p in teacher.parameters())
+    place = "cpu" if "offloaded" in more else device.type
+    assert all(p.numel() == 0 and p.ds_tensor.device.type == place for p in teacher.parameters())
 else:
     stage = build_stage(config, name, given)
 
@@ -89,6 +90,11 @@ def test_a_stage_trains_on_the_gpu(name, backend, zero_stage, precision):
 @pytest.mark.parametrize("name", ["semantic", "detail"])
 def test_a_divided_teacher_is_read_onto_the_gpu(name, zero_stage):
     _train(name, "deepspeed", zero_stage, "bf16", "cuda:0", "sharded")
+
+
+@pytest.mark.parametrize("name", ["semantic", "detail"])
+def test_a_teacher_in_host_memory_teaches_on_the_gpu(name):
+    _train(name, "deepspeed", 2, "bf16", "cuda:0", "sharded", "offloaded")
 
 
 def test_a_compiled_teacher_teaches_on_the_gpu():

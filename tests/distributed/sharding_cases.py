@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from pipeline_cases import live
@@ -9,6 +10,7 @@ from pipeline_cases import live
 from raydistill.config.distill import DistillConfig, EngineConfig, MixConfig, ScaleConfig
 from raydistill.config.grid import GridConfig
 from raydistill.config.stages import DetailConfig, ObjectiveConfig, OptimizerConfig, SemanticConfig
+from raydistill.experts import frozen as frozen_module
 from raydistill.experts.frozen import Cutter, Shards
 from raydistill.experts.loop import distill
 from raydistill.experts.plain_engine import rank_and_size
@@ -32,13 +34,15 @@ CASES = {
     "semantic, ZeRO 3, scales drawn": ("semantic", EngineConfig(zero_stage=3, extra=SMALL_TOO), DRAWN),
     "semantic, bf16": ("semantic", EngineConfig(precision="bf16"), {}),
     "semantic LoRA, ZeRO 3": ("semantic", EngineConfig(zero_stage=3, extra=SMALL_TOO), {"lora": 2}),
+    "semantic, in host memory": ("semantic", EngineConfig(), {"offload": True}),
     "detail": ("detail", EngineConfig(), {}),
+    "detail, in host memory": ("detail", EngineConfig(), {"offload": True}),
     "detail, checkpointing": ("detail", EngineConfig(activation_checkpointing=True), {}),
     "recorded": ("semantic", EngineConfig(), {"recorded": True}),
 }
 
 
-def config_of(folder, name, engine, lora=0, recorded=False, **more):
+def config_of(folder, name, engine, lora=0, recorded=False, offload=False, **more):
     """A short run on two workers, two micro-batches a step."""
     if recorded:
         more |= {"experts": "single", "mix": MixConfig(real_share=0.5, recorded_share=0.5, trajectories="x")}
@@ -48,7 +52,7 @@ def config_of(folder, name, engine, lora=0, recorded=False, **more):
         grid=GridConfig(num_intervals=10),
         semantic=SemanticConfig(**SIZES, lora_rank=lora),
         detail=DetailConfig(**SIZES, lora_rank=2, objective=JUDGED),
-        engine=engine,
+        engine=replace(engine, offload_teacher=offload and engine.shard_teacher),
         scale=ScaleConfig(num_workers=2),
         **more,
     )
@@ -95,7 +99,8 @@ def outcome(folder, case, shapes, shard):
     given = Given(teacher, torch.zeros(1, *latents), torch.zeros(1, *text), semantic, load_schedule(folder))
     # In shards the teacher is read one tensor at a time.
     given = replace(given, load=load if shard else None)
-    stage = build_stage(config, name, given)
+    with patch.object(frozen_module, "frozen_config", wraps=frozen_module.frozen_config) as asked:
+        stage = build_stage(config, name, given)
     teacher = frozen[0] if shard else teacher
     losses, held = [], [held_by(teacher)]
 
@@ -109,6 +114,7 @@ def outcome(folder, case, shapes, shard):
     dtype = next(teacher.parameters()).dtype
     stage.close()
     return {
+        "offload": {call.args[2] for call in asked.call_args_list},
         "weights": weights,
         "losses": losses,
         "held": held,

@@ -92,6 +92,7 @@ def same(ours: dict, theirs: dict) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[n], theirs[n]) for n in ours)
 
 
+@pytest.mark.long
 def test_our_errors_come_back_as_they_are(local_ray, tmp_path):
     """NonFiniteLoss keeps type and fields, and is not retried: it would come again."""
     with pytest.raises(NonFiniteLoss) as caught:
@@ -103,6 +104,7 @@ def test_our_errors_come_back_as_they_are(local_ray, tmp_path):
         launch(train, config={}, scale=SCALE, state=STATE, num_steps=9, run_dir=tmp_path, resume=False)
 
 
+@pytest.mark.long
 def test_a_bug_before_the_first_step_is_not_tried_again(local_ray, tmp_path):
     """Neither one of the training function nor one of the data's loaders, though Ray wraps that one."""
     accident = {"kind": "none", "step": -1, "rank": -1}

@@ -22,7 +22,7 @@ from raydistill.experts.stages import Given, build_stage
 from raydistill.models.teacher import load_teacher
 from raydistill.types import Batch
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 LATENTS, TEXT = (16, 3, 4, 6), (20, 16)
 TEXTS = {"wan21": TEXT, "hunyuan": (21, 16)}

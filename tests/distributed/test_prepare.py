@@ -137,6 +137,7 @@ def kill_actors_after(shards: int, output: Path, killed: list[str]) -> None:
             killed.append(name)
 
 
+@pytest.mark.long
 def test_killed_job_and_killed_actors_change_nothing(world, codec, tmp_path):
     clips, store = world
     kill_job_after_first_shard(codec, tmp_path / "out", clips)
@@ -248,6 +249,7 @@ def test_images_with_a_captions_file(cluster, codec, tmp_path):
     np.testing.assert_allclose(row.latents, latents, atol=1e-5)
 
 
+@pytest.mark.long
 def test_hangs_and_crashes_end_in_quarantine(cluster, tmp_path):
     names = ["a_hang", "b_crash", "c_good", "d_greedy", "e_good"]
     for number, name in enumerate(names):

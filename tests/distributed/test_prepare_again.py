@@ -17,6 +17,8 @@ from raydistill.models.codec import build_tiny_codec
 from raydistill.world.flow import index
 from raydistill.world.folder import Source
 
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
+
 
 @pytest.fixture(scope="module")
 def cluster():

@@ -9,7 +9,7 @@ from student_cases import CASES, both_ways, taken_up
 from raydistill.config.distill import DistillConfig, TargetConfig
 from raydistill.config.engine import EngineConfig
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 SHAPES = ((16, 3, 4, 6), (20, 16))
 

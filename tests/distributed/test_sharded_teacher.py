@@ -39,6 +39,13 @@ def test_each_worker_holds_half_from_the_start_and_between_steps(ranks, case):
             assert held == pytest.approx(sharded["whole"] / 2, rel=0.02)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_where_shards_stay_is_told_to_all_that_cut(ranks, case):
+    """Host memory is the device's here; on a GPU they are looked at."""
+    for rank in ranks:
+        assert rank[case, True]["offload"] == {"host memory" in case}
+
+
 TEXTS = {
     "wan21": (20, 16),
     "hunyuan": (21, 16),

@@ -11,7 +11,7 @@ from raydistill.config.load import run
 from raydistill.models.codec import build_tiny_codec
 from raydistill.models.wan import build_tiny_teacher
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from ray_head import ray_head
 from raydistill.student import load_student
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

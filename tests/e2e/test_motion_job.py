@@ -19,7 +19,7 @@ from raydistill.models.codec import build_tiny_codec
 from raydistill.models.frame_features import FrameNet
 from raydistill.student import load_student
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1200)]
 STEPS = 4
 
 

@@ -21,6 +21,7 @@ from raydistill.service.bundle import verify_bundle
 from raydistill.student import load_student
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+FIRST, *OTHERS = DCM
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,9 @@ def cluster():
     assert not left_since(before)
 
 
-@pytest.fixture(scope="module", params=DCM)
+@pytest.fixture(
+    scope="module", params=[FIRST, *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHERS)]
+)
 def made(request, tmp_path_factory, cluster):
     """Inputs of a kind of teacher."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -125,6 +128,7 @@ def test_dcm_runs_and_is_taken_up_between_its_stages(made, monkeypatch):
         require_export(folder, run)
 
 
+@pytest.mark.long
 def test_mcm_runs_and_is_taken_up_within_its_stage(made):
     kind, folder = made
     if kind == "wan22":

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from raydistill.config.distill import DistillConfig, EngineConfig, GridConfig, ScaleConfig
+from raydistill.config.distill import DistillConfig, GridConfig, ScaleConfig
+from raydistill.config.engine import TRAINED_BESIDE, EngineConfig, RoleConfig
+from raydistill.config.load import from_command_line
 from raydistill.config.stages import (
     CriticConfig,
     DetailConfig,
@@ -19,6 +21,7 @@ from raydistill.config.stages import (
 )
 from raydistill.errors import IncompatibleCheckpoint, InvalidValue
 from raydistill.experts.engine import build_engine, deepspeed_config
+from raydistill.experts.frozen import frozen_config
 from raydistill.experts.parts import Parts
 from raydistill.experts.plain_engine import learning_rate_at
 from raydistill.models.critic import TokenCritic
@@ -60,6 +63,48 @@ def test_deepspeed_json():
     assert made["bf16"] == {"enabled": True}
     assert made["communication_data_type"] == "fp32"
     json.dumps(made)
+
+
+def test_a_frozen_networks_shards_go_to_host_memory():
+    """Pinned beside a GPU, from where layers come one after the other."""
+    for name, pinned in (("cpu", False), ("cuda", True)):
+        made = frozen_config(torch.bfloat16, torch.device(name), True)["zero_optimization"]
+        assert made["offload_param"] == {"device": "cpu", "pin_memory": pinned}
+        assert (
+            "offload_param"
+            not in frozen_config(torch.bfloat16, torch.device(name), False)["zero_optimization"]
+        )
+
+
+def test_each_trained_network_may_have_its_own():
+    own = {"critic": RoleConfig(zero_stage=1), "image_critic": RoleConfig(offload_optimizer=False)}
+    config = EngineConfig(zero_stage=3, offload_optimizer=True, precision="bf16", shard_teacher=True, **own)
+    found = {role: config.of(role) for role in TRAINED_BESIDE}
+    assert {role: one.zero_stage for role, one in found.items()} == {
+        "critic": 1,
+        "image_critic": 3,
+        "motion_head": 3,
+    }
+    assert [found[role].offload_optimizer for role in TRAINED_BESIDE] == [True, False, True]
+    assert [found[role].precision for role in TRAINED_BESIDE] == ["bf16", "fp32", "fp32"]
+    assert not any(one.shard_teacher for one in found.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (["engine.critic.zero_stage=4"], "engine.critic.zero_stage"),
+        (["engine.offload_optimizer=true", "engine.critic.zero_stage=0"], "engine.critic.offload_optimizer"),
+        (["engine.precision=bf16", "engine.critic.zero_stage=0"], "engine.precision"),
+        (["engine.motion_head.offload_optimizer=true", "engine.backend=torch"],
+         "engine.motion_head.offload_optimizer"),
+        (["engine.offload_teacher=true"], "engine.offload_teacher"),
+    ],
+)  # fmt: skip
+def test_a_roles_own_settings_are_checked_by_their_names(given, key):
+    with pytest.raises(InvalidValue) as refused:
+        from_command_line(DistillConfig, given)
+    assert refused.value.key == key
 
 
 @pytest.fixture
