@@ -129,7 +129,7 @@ def consolidate(folder: Path, config: DistillConfig, store: LatentStore, output:
     try:
         with built_beside(output) as beside:
             write_student(config, beside, Sample.of(store), recorded, checkpoints)
-    except FileNotFoundError as gone:
+    except (FileNotFoundError, IncompatibleCheckpoint) as gone:
         if folder.is_dir():
             raise
         raise MissingArtifact(f"{folder} is gone: its run has newer ones now, take one of them") from gone
