@@ -56,7 +56,9 @@ class EngineConfig:
     zero_stage: int = 2
     """What ZeRO shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights. Of the
     student and the critic, that is: the target and the moving averages of trained weights, in float32, are
-    whole on every worker at any stage, and so is the teacher unless shard_teacher is set."""
+    whole on every worker at any stage, and so is the teacher unless shard_teacher is set. At 3 the layer at
+    work is whole, with at most 200 million weights fetched ahead, 50 million at a time, and those below a
+    hundred thousand: limits that `extra` sets, as in zero_optimization.stage3_max_live_parameters."""
     shard_teacher: bool = False
     """Divide the frozen teacher over the workers, as ZeRO 3 does; a layer is whole on a worker for its pass
     alone. A student that is a LoRA needs zero_stage = 3 beside it: below, it shares the teacher's weights."""

@@ -35,6 +35,10 @@ def plan_lines(config: DistillConfig, plan: StagePlan) -> Iterator[str]:
     clip = f"{plan.tokens:,} tokens a clip" if plan.tokens else "a U-Net"
     size = config.stage(plan.name).micro_batch
     yield f"  {'activations':>15}{plan.activations / GIB:>{wide}.2f}   ({clip}, {size} at once)"
+    more, name = plan.update
+    if more > 0:
+        when = "when activations are gone" if name == "student" else "beside what it was given to look at"
+        yield f"  {'update':>15}{more / GIB:>{wide}.2f}   (the {name}'s, {when})"
     if plan.device == plan.loading:
         why = "the student, whole in float32 on every worker, and its averages"
         yield f"  {'loading':>15}{plan.loading / GIB:>{wide}.2f}   ({why})"
