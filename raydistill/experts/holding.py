@@ -102,10 +102,16 @@ def _zero_1(of: _Sizes, how: EngineConfig, bucket: int) -> Holding:
         gradients = 6 * of.trained
         reduction = gradients + 2 * min(of.trained, WHOLE_REDUCTION + of.largest)
         return Holding(gradients, 12 * of.share, reduction, gradients + 4 * of.share)
-    gradients = 4 * of.trained + 4 * min(bucket, -(-of.trained // 4096) * 4096)
+    size = 4 * min(bucket, -(-of.trained // 4096) * 4096)
+    gradients = 4 * of.trained + size
     if not how.offload_optimizer:
         return Holding(gradients, 12 * of.share, gradients, 8 * of.share)
-    return Holding(gradients, 0, gradients, 4 * of.trained, host=_offloaded(of))
+    host, largest = _offloaded(of), of.bytes * of.largest
+    if of.bytes == 4:
+        return Holding(gradients + largest, 0, gradients + largest, largest, host=host)
+    left = size if of.workers > 1 else 0  # gradients of other workers' shares lie in the bucket
+    reduction = gradients + 2 * of.trained + 4 * of.share + largest
+    return Holding(gradients + largest, 0, reduction, 4 * of.share + left + largest, host=host)
 
 
 def _zero_2(of: _Sizes, how: EngineConfig, bucket: int) -> Holding:
@@ -114,15 +120,16 @@ def _zero_2(of: _Sizes, how: EngineConfig, bucket: int) -> Holding:
     if how.offload_optimizer:
         # In float32 gradients of earlier micro-batches are in host memory, too.
         gradients = size + of.bytes * of.largest + (4 * of.share if of.bytes == 2 else 0)
-        return Holding(gradients, 0, gradients + size, gradients - size, host=_offloaded(of))
+        earlier = 4 * of.share if of.bytes == 4 else 0
+        host = _offloaded(of) + earlier
+        return Holding(gradients, 0, gradients + size, gradients - size, host=host)
     gradients = 4 * of.share + size
     return Holding(gradients, 12 * of.share, gradients + size, 8 * of.share)
 
 
 def _offloaded(of: _Sizes) -> int:
     """Masters, moments, gradients, AdamW's temporary, and buffers on the way to the device and from it."""
-    earlier = 4 * of.share if of.bytes == 4 else 0
-    return 20 * of.share + of.bytes * (of.share + of.largest) + earlier
+    return 20 * of.share + of.bytes * (of.share + of.largest)
 
 
 def _zero_3(of: _Sizes, how: EngineConfig, bucket: int) -> Holding:
