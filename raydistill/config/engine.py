@@ -47,7 +47,9 @@ class EngineConfig:
     """What ZeRO divides over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights. Of the
     student, and of what trains beside it where that has no stage of its own. At 3 the student is also read in
     shards, and the average that is kept is divided; a target that is a moving average (target.kind = ema) is
-    whole on every worker at any stage, and lets the student begin whole."""
+    whole on every worker at any stage, and lets the student begin whole. At 3 the layer at work is whole,
+    with at most 200 million weights fetched ahead, 50 million at a time, and those below a hundred thousand:
+    limits that `extra` sets, as in zero_optimization.stage3_max_live_parameters."""
     critic: RoleConfig = field(default_factory=RoleConfig)
     """Of the token critic."""
     image_critic: RoleConfig = field(default_factory=RoleConfig)

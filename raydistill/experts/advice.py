@@ -35,8 +35,12 @@ def plan_lines(config: DistillConfig, plan: StagePlan) -> Iterator[str]:
     clip = f"{plan.tokens:,} tokens a clip" if plan.tokens else "a U-Net"
     size = config.stage(plan.name).micro_batch
     yield f"  {'activations':>15}{plan.activations / GIB:>{wide}.2f}   ({clip}, {size} at once)"
+    more, name = plan.update
+    if more > 0:
+        when = "when activations are gone" if name == "student" else "beside what it was given to look at"
+        yield f"  {'update':>15}{more / GIB:>{wide}.2f}   (the {name}'s, {when})"
     if plan.device == plan.loading:
-        why = "the student, whole in float32 on every worker, and its averages"
+        why = "the student, whole in float32 on every worker, and its target"
         yield f"  {'loading':>15}{plan.loading / GIB:>{wide}.2f}   ({why})"
     yield f"  {'all':>15}{plan.device / GIB:>{wide}.2f}   of {usable(config) / GIB:.1f} usable"
     if plan.host:
@@ -63,9 +67,10 @@ Change = tuple[str, Callable[[], DistillConfig]]
 def changes(config: DistillConfig, name: str) -> Iterator[Change]:
     """Settings that take less memory, each by itself, the cheapest in time first; some may be refused."""
     stage, engine = config.stage(name), config.engine
-    for key, value in engine_changes(config):
-        other = partial(replace, engine, **{key: value})
-        yield f"engine.{key}={value}", lambda other=other: replace(config, engine=other())
+    for values in engine_changes(config):
+        other = partial(replace, engine, **values)
+        said = " ".join(f"engine.{key}={value}" for key, value in values.items())
+        yield said, lambda other=other: replace(config, engine=other())
     if stage.micro_batch > 1:
         yield f"{name}.micro_batch=1", lambda: replace(config, **{name: replace(stage, micro_batch=1)})
     if name == "semantic" and not config.semantic.lora_rank:
@@ -76,20 +81,22 @@ def changes(config: DistillConfig, name: str) -> Iterator[Change]:
         yield f"scale.num_workers={scale.num_workers}", lambda: replace(config, scale=scale)
 
 
-def engine_changes(config: DistillConfig) -> Iterator[tuple[str, Any]]:
+def engine_changes(config: DistillConfig) -> Iterator[dict[str, Any]]:
     """Fields of the engine that take less memory with other values."""
     engine = config.engine
     sharded = engine.backend == "deepspeed" and engine.zero_stage > 0
     if not engine.activation_checkpointing:
-        yield "activation_checkpointing", True
+        yield {"activation_checkpointing": True}
     if engine.precision == "fp32" and sharded:
-        yield "precision", "bf16"
+        yield {"precision": "bf16"}
     if sharded and engine.zero_stage < 3 and config.scale.num_workers > 1:
-        yield "zero_stage", 3
+        yield {"zero_stage": 3}
     if engine.backend == "deepspeed" and not engine.shard_teacher and config.scale.num_workers > 1:
-        yield "shard_teacher", True
+        yield {"shard_teacher": True}
     if sharded and not engine.offload_optimizer:
-        yield "offload_optimizer", True
+        yield {"offload_optimizer": True}
+    if engine.backend == "deepspeed" and not engine.offload_teacher:
+        yield {"shard_teacher": True, "offload_teacher": True}
 
 
 def require_it_fits(

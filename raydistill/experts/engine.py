@@ -16,7 +16,7 @@ student's turn).
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from raydistill.config.engine import EngineConfig
 from raydistill.config.stages import OptimizerConfig
 from raydistill.errors import DistillError
+from raydistill.experts.engine_json import deepspeed_config
 from raydistill.experts.parts import KINDS, Parts, save_parts
 from raydistill.experts.plain_engine import (
     TorchEngine,
@@ -60,41 +61,6 @@ def build_engine(
     return DeepSpeedEngine(module, config, optimizer, num_steps=num_steps, accumulation=accumulation)
 
 
-def deepspeed_config(
-    config: EngineConfig,
-    optimizer: OptimizerConfig,
-    *,
-    accumulation: int,
-    num_weights: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Return DeepSpeed's own JSON; `config.extra` is merged in last, section by section."""
-    bucket = min(
-        -(-num_weights // 4096) * 4096, 100_000_000
-    )  # DeepSpeed's 500 million are 2 GB for the smallest model
-    zero: dict[str, Any] = {
-        "stage": config.zero_stage,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "overlap_comm": False,
-    }
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    result: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # a name only: batches are the loop's business
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optimizer.gradient_clipping,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "wall_clock_breakdown": False,
-    }
-    if config.precision == "bf16":
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(result, config.extra)
-
-
 class DeepSpeedEngine:
     """An `Engine` over DeepSpeed's ZeRO 0-3 with torch's AdamW."""
 
@@ -117,7 +83,9 @@ class DeepSpeedEngine:
         self.grad_norm: float | None = None
         self._optimizer_config, self._num_steps = optimizer, num_steps
         self._stage = config.zero_stage
-        self._adamw = build_adamw(self.trainable_parameters.values(), optimizer)
+        # At ZeRO 1 to 3 it works on a few flat tensors: torch's way for one takes twice the memory.
+        flat = config.zero_stage > 0
+        self._adamw = build_adamw(self.trainable_parameters.values(), optimizer, foreach=flat)
         num_weights = sum(shape.numel() for shape in self._shapes.values())
         sizes = {"accumulation": accumulation, "num_weights": num_weights}
         json = deepspeed_config(config, optimizer, device=device, **sizes)
@@ -322,12 +290,3 @@ def join_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, **alone)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # read by DeepSpeed even now
     load_deepspeed(device).init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def _merged(ours: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `ours` with the keys of `extra` set, descending into sections."""
-    result = dict(ours)
-    for key, value in extra.items():
-        section = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _merged(result[key], value) if section else value
-    return result

@@ -30,10 +30,18 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return torch's AdamW; its learning rate is set before every step."""
+def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, *, foreach: bool) -> torch.optim.AdamW:
+    """Return torch's AdamW; its learning rate is set before every step.
+
+    Numbers are the same either way. A step's temporaries are twice the largest parameter, or once all of them
+    with `foreach`.
+    """
     return torch.optim.AdamW(
-        list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        list(parameters),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        foreach=foreach,
     )
 
 
@@ -71,7 +79,7 @@ class TorchEngine:
             n: p if p.dtype == torch.float32 else p.detach().float()
             for n, p in self.trainable_parameters.items()
         }
-        self._optimizer = build_adamw(self._masters.values(), config)
+        self._optimizer = build_adamw(self._masters.values(), config, foreach=False)
 
     @property
     def learning_rate(self) -> float:
@@ -88,18 +96,10 @@ class TorchEngine:
         if self._round % self._accumulation:
             return False
         gradients = self._average_gradients()
-        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        norm = torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients]))
         self.grad_norm = found = norm.item()
         limit = self._config.gradient_clipping
-        scale = min(1.0, limit / (found + 1e-6)) if limit else 1.0
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        for master, gradient in zip(self._masters.values(), gradients, strict=True):
-            master.grad = gradient.mul_(scale)
-        self._optimizer.step()
-        self._publish()
-        for parameter in (*self._masters.values(), *self.trainable_parameters.values()):
-            parameter.grad = None
+        self._update(gradients, min(1.0, limit / (found + 1e-6)) if limit else 1.0)
         self.steps += 1
         return True
 
@@ -150,16 +150,33 @@ class TorchEngine:
         """Nothing is held outside this object."""
 
     def _average_gradients(self) -> list[Tensor]:
-        """Return float32 gradients in the masters' order; a parameter without one gets zeros, as in ZeRO."""
-        pairs = zip(self.trainable_parameters.values(), self._masters.values(), strict=True)
-        gradients = [torch.zeros_like(m) if p.grad is None else p.grad.float() for p, m in pairs]
+        """Take the gradients off the parameters; zeros where there is none, as in ZeRO.
+
+        Of several ranks they are the means, in float32; otherwise as they are.
+        """
         _, world_size = rank_and_size()
-        if world_size > 1:
-            flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat)
-            pieces = (flat / world_size).split([g.numel() for g in gradients])
-            gradients = [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)]
+        gradients = list[Tensor]()
+        for parameter in self.trainable_parameters.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+            if world_size > 1:
+                gradient = gradient.float().contiguous()
+                dist.all_reduce(gradient)
+                gradient.div_(world_size)
+            gradients.append(gradient)
         return gradients
+
+    def _update(self, gradients: list[Tensor], scale: float) -> None:
+        """Step parameter by parameter: neither float32 copies nor AdamW's temporaries are there at once."""
+        (group,) = self._optimizer.param_groups
+        group["lr"] = self.learning_rate
+        for master, gradient in zip(self._masters.values(), gradients, strict=True):
+            master.grad = gradient.float().mul_(scale)
+            group["params"] = [master]
+            self._optimizer.step()
+            master.grad = None
+        group["params"] = list(self._masters.values())
+        self._publish()
 
     def _publish(self) -> None:
         """Copy the masters into the module's low-precision parameters."""

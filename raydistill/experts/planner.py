@@ -8,9 +8,9 @@ What engines add is reckoned, from DeepSpeed's own bookkeeping:
 
 * weights in the engine's precision, divided over workers at ZeRO 3, the teacher's where it is sharded, and
   what of those is gathered at a time;
-* gradients: divided at ZeRO 2 and 3, in float32 where a bfloat16 engine adds up over them;
-* float32 masters and AdamW's two moments, divided at ZeRO 1 and above, in host memory where offloaded;
-* targets and averages, whole and in float32 on every worker; communication buckets.
+* gradients and buckets; float32 masters and AdamW's two moments, in host memory where offloaded; what an
+  update takes for a moment, when activations are gone: see `holding`;
+* targets and averages in float32: whole on every worker, but for the average that is kept at ZeRO 3.
 """
 
 import math
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from raydistill.config.distill import DistillConfig, MixConfig
-from raydistill.config.engine import AttentionConfig, EngineConfig
+from raydistill.config.engine import EngineConfig
 from raydistill.experts.counting import CountedOperations, LiveBytes, memory_efficient_attention
+from raydistill.experts.holding import holding
 from raydistill.experts.loop import draw
 from raydistill.experts.stages import Given, Stage, build_stage, build_student
 from raydistill.models.folders import boundary_ratio
@@ -33,8 +34,6 @@ from raydistill.models.unet import UNetField
 from raydistill.types import Batch, Images
 
 GIB = 2**30
-BUCKET = 100_000_000
-"""Most elements that `engine.deepspeed_config` lets DeepSpeed reduce at once."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ class RoleMemory:
     optimizer: int = 0
     averages: int = 0
     gathered: int = 0
-    """Of a frozen network that is divided, what is whole at a time during a pass, at most."""
+    """Of a network that is divided, what is whole at a time during a pass, at most."""
+    update: int = 0
+    """Of a trained one, gradients and all that is there for a moment when they are reduced or step."""
     host: int = 0
     """In the machine's memory, not the device's."""
 
@@ -59,6 +60,11 @@ class RoleMemory:
     def device(self) -> int:
         """All of it that is on the device."""
         return self.weights + self.gradients + self.optimizer + self.averages + self.gathered
+
+    @property
+    def more(self) -> int:
+        """Bytes by which its update takes more than `device`; below 0 where it takes less."""
+        return self.update - self.gradients - self.gathered
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,21 @@ class StagePlan:
     """Of all steps."""
     workers: int
     loading: int
-    """Bytes before an engine takes the student: whole in float32, and its averages."""
+    """Bytes before an engine takes a student that is read whole, in float32, and its target."""
+    kept: int = 0
+    """Bytes of activations that are still there when companions update."""
+
+    @property
+    def update(self) -> tuple[int, str]:
+        """Bytes that come to the roles at most when one of them updates, and which: they do it in turns."""
+        trained = [role for role in self.roles if role.trained]
+        return max((role.more + (self.kept if role.name != "student" else 0), role.name) for role in trained)
 
     @property
     def device(self) -> int:
         """Bytes on a worker's device at the worst moment."""
-        return max(sum(role.device for role in self.roles) + self.activations, self.loading)
+        most = max(self.activations, self.update[0])
+        return max(sum(role.device for role in self.roles) + most, self.loading)
 
     @property
     def host(self) -> int:
@@ -102,6 +117,8 @@ class _Measured:
 
     held: int
     """Bytes at the peak, gradients of parameters left out."""
+    kept: int
+    """Bytes after a companion's backward pass."""
     passes: dict[str, float]
     """Forward passes of each network for one sample."""
     flops: float
@@ -143,29 +160,29 @@ def plan_stage(
         found.flops,
         samples,
         config.scale.num_workers,
-        _loading(stage),
+        0 if config.student_in_shards else _loading(stage),
+        found.kept,
     )
 
 
 def _loading(stage: Stage) -> int:
-    """Bytes of the student as it is read, and of what is copied of it."""
-    copies = [slow for slow in (stage.target, stage.average) if slow is not None]
-    averages = [weight for slow in copies for weight in slow.weights.values()]
-    return _bytes((*stage.student.parameters(), *averages), set(), 4)
+    """Bytes of the student as it is read whole, and of a target, which is copied of it."""
+    target = stage.target.weights.values() if stage.target is not None else ()
+    return _bytes((*stage.student.parameters(), *target), set(), 4)
 
 
 def _alone(config: DistillConfig) -> DistillConfig:
     """Settings of a step in this process: no engine that shards, every sample a video's."""
+    engine = config.engine
     return replace(
         config,
         mix=MixConfig(),
-        engine=replace(
-            config.engine,
+        # Kernels of attention as they come: no other runs without data; all but _native_math keep as little.
+        engine=EngineConfig(
             backend="torch",
-            offload_optimizer=False,
-            shard_teacher=False,
-            attention=AttentionConfig(),  # no other runs without data; all but _native_math keep as little
-            compile_frozen=False,
+            zero_stage=engine.zero_stage,
+            precision=engine.precision,
+            activation_checkpointing=engine.activation_checkpointing,
         ),
         scale=replace(config.scale, num_workers=1),
     )
@@ -202,8 +219,9 @@ def _measured(config: DistillConfig, stage: Stage, teacher: nn.Module, batch: Ba
     if stage.target is not None and stage.target.net is not None:
         nets["target"] = stage.target.net
     hooks = [net.register_forward_pre_hook(partial(seen, role)) for role, net in nets.items()]
+    kept = [0]
     with memory_efficient_attention(), LiveBytes() as live, CountedOperations() as counted:
-        _one_micro_batch(stage, batch, partial(_leave_out, live))
+        _one_micro_batch(stage, batch, partial(_leave_out, live), lambda: kept.append(live.live))
     for hook in hooks:
         hook.remove()
     flops = counted.total / len(batch.index)
@@ -217,11 +235,13 @@ def _measured(config: DistillConfig, stage: Stage, teacher: nn.Module, batch: Ba
             teacher(batch.latents, torch.ones(len(batch.index)), batch.text)
         flops -= recorded * passes["teacher"] * counted.total / len(batch.index)
         passes["teacher"] *= 1 - recorded
-    return _Measured(live.peak, passes, flops)
+    return _Measured(live.peak, max(kept), passes, flops)
 
 
-def _one_micro_batch(stage: Stage, batch: Batch, on_gradient: Callable[[Tensor], None]) -> None:
-    """Forward and backward of everything that trains; gradients go as they come."""
+def _one_micro_batch(
+    stage: Stage, batch: Batch, on_gradient: Callable[[Tensor], None], on_turn: Callable[[], None]
+) -> None:
+    """Forward and backward of all that trains; gradients go as they come. `on_turn` ends a turn."""
 
     def drop(parameter: Tensor) -> None:
         on_gradient(parameter)
@@ -234,6 +254,7 @@ def _one_micro_batch(stage: Stage, batch: Batch, on_gradient: Callable[[Tensor],
     for name, companion in stage.companions.items():
         if companion.turn is not None:
             companion.turn(kept[name]).total.backward()
+            on_turn()
     for hook in hooks:
         hook.remove()
 
@@ -246,20 +267,25 @@ def _leave_out(live: LiveBytes, parameter: Tensor) -> None:
 def _roles(config: DistillConfig, stage: Stage, teacher: nn.Module) -> Iterator[RoleMemory]:
     """Every network that a worker holds, the largest first to claim what is shared."""
     seen: set[int] = set()
-    engine, exact = config.engine, replace(config.engine, precision="fp32")
-    workers = config.scale.num_workers
+    engine, workers = config.engine, config.scale.num_workers
     student = _trained("student", stage.student, engine, workers, seen)
-    copies = [slow for slow in (stage.target, stage.average) if slow is not None]
-    averages = sum(_bytes(slow.weights.values(), seen, 4) for slow in copies)
-    yield replace(student, averages=averages)
+    target, kept = (
+        _bytes(slow.weights.values(), seen, 4) if slow is not None else 0
+        for slow in (stage.target, stage.average)
+    )
+    if engine.backend == "deepspeed" and engine.zero_stage == 3:
+        kept //= workers
+        if engine.offload_optimizer:  # it is where the masters are
+            student, kept = replace(student, host=student.host + kept), 0
+    yield replace(student, averages=target + kept)
     if stage.target is not None and stage.target.net is not None:
         yield _frozen("target", stage.target.net, seen)
     role = _frozen("teacher", teacher, seen)
     yield _divided(role, config, stage, teacher) if engine.shard_teacher else role
     for name, companion in stage.companions.items():
         if companion.engine is not None:
-            how = engine if name == "critic" else exact
-            made = _trained(name.replace("_", " "), companion.engine.module, how, workers, seen)
+            title = name.replace("_", " ")
+            made = _trained(title, companion.engine.module, engine.of(name), workers, seen)
             slow = companion.slow.weights.values() if companion.slow is not None else ()
             yield replace(made, averages=_bytes(slow, seen, 4))
         for title, net in companion.frozen.items():
@@ -299,26 +325,24 @@ def _divided(role: RoleMemory, config: DistillConfig, stage: Stage, net: nn.Modu
         kept = max(count(block, True) for block in blocks) if checkpointed else count(net, True)
     whole = count(net, True)
     share = whole // config.scale.num_workers
-    return replace(role, weights=role.weights - whole + share, gathered=layer + kept)
+    here, host = (0, share) if config.engine.offload_teacher else (share, 0)
+    return replace(role, weights=role.weights - whole + here, gathered=layer + kept, host=host)
 
 
 def _trained(name: str, net: nn.Module, how: EngineConfig, workers: int, seen: set[int]) -> RoleMemory:
     """What an engine holds of a network."""
-    size, stage = 2 if how.precision == "bf16" else 4, how.zero_stage
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    count = sum(p.numel() for p in net.parameters())
-    weights = _bytes(net.parameters(), seen, size)
-    buffers = _bytes(net.buffers(), seen)
-    if how.backend == "torch":
-        masters = 4 * trained if size == 2 else 0
-        return RoleMemory(name, count, trained, weights + buffers, size * trained, 8 * trained + masters)
-    share = workers if stage >= 1 else 1
-    masters = 4 * trained // share if stage >= 1 else 0
-    optimizer = masters + 8 * trained // share
-    bucket = min(-(-trained // 4096) * 4096, BUCKET) * size if stage >= 2 else 0
-    gradients = 4 * trained // (workers if stage >= 2 else 1) + bucket
-    weights = weights // workers if stage == 3 else weights
-    offloaded = optimizer if how.offload_optimizer else 0
+    engine = holding(net, how, workers)
+    weights = _bytes(net.parameters(), seen, 2 if how.precision == "bf16" else 4)
+    if how.backend == "deepspeed" and how.zero_stage == 3:
+        weights //= workers
     return RoleMemory(
-        name, count, trained, weights + buffers, gradients, optimizer - offloaded, host=offloaded
+        name,
+        sum(p.numel() for p in net.parameters()),
+        sum(p.numel() for p in net.parameters() if p.requires_grad),
+        weights + _bytes(net.buffers(), seen),
+        engine.gradients,
+        engine.optimizer,
+        gathered=engine.gathered,
+        update=engine.update,
+        host=engine.host,
     )

@@ -20,7 +20,8 @@ from raydistill.config.stages import (
     StageConfig,
 )
 from raydistill.errors import IncompatibleCheckpoint, InvalidValue
-from raydistill.experts.engine import build_engine, deepspeed_config
+from raydistill.experts.engine import build_engine
+from raydistill.experts.engine_json import deepspeed_config
 from raydistill.experts.frozen import frozen_config
 from raydistill.experts.parts import Parts
 from raydistill.experts.plain_engine import learning_rate_at
@@ -47,7 +48,10 @@ def test_falls_over_the_last_half():
 
 def test_deepspeed_json():
     """Typed fields first, `extra` merged last, section by section."""
-    extra = {"zero_optimization": {"overlap_comm": True}, "communication_data_type": "fp32"}
+    extra = {
+        "zero_optimization": {"overlap_comm": True, "stage3_max_live_parameters": 0},
+        "communication_data_type": "fp32",
+    }
     config = EngineConfig(zero_stage=3, offload_optimizer=True, precision="bf16", extra=extra)
     optimizer, device = OptimizerConfig(gradient_clipping=0.5), torch.device("cpu")
     made = deepspeed_config(config, optimizer, accumulation=4, num_weights=5000, device=device)
@@ -56,6 +60,10 @@ def test_deepspeed_json():
         "reduce_bucket_size": 8192,
         "allgather_bucket_size": 8192,
         "overlap_comm": True,
+        "stage3_param_persistence_threshold": 100_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 200_000_000,
         "offload_optimizer": {"device": "cpu", "pin_memory": False},
     }
     assert made["gradient_accumulation_steps"] == 4

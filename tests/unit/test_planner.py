@@ -9,6 +9,7 @@ import pipeline_cases
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from holding_cases import Real
 from job_cases import ROOT, load_job
 
 from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig, TargetConfig
@@ -20,6 +21,7 @@ from raydistill.errors import DoesNotFit, InvalidValue
 from raydistill.experts import planner
 from raydistill.experts.advice import changes, plan_lines, require_it_fits
 from raydistill.experts.counting import CountedOperations, LiveBytes, memory_efficient_attention
+from raydistill.experts.loop import distill
 from raydistill.experts.planner import plan_stage
 from raydistill.experts.stages import Given, build_stage
 from raydistill.models.frame_features import FrameNet
@@ -69,7 +71,7 @@ def test_activations_and_operations_are_those_of_a_step_with_data(case, name, ch
     stage = build_stage(alone, name, given)
     batch = planner.Batch(torch.arange(2), x, text)
     with LiveBytes() as live, CountedOperations() as counted:
-        planner._one_micro_batch(stage, batch, partial(planner._leave_out, live))
+        planner._one_micro_batch(stage, batch, partial(planner._leave_out, live), lambda: None)
     assert plan.activations == pytest.approx(live.peak, rel=0.02)
     assert plan.flops == pytest.approx(counted.total / 2, rel=1e-6)
     looks = 2 if name == "detail" and kind != "modelscope" else 0
@@ -152,11 +154,12 @@ def test_zero_divides_and_averages_do_not(tmp_path):
     }.items():
         role = student(stage, 2)
         assert role.weights == weights * trained + tables
-        assert role.gradients == gradients * trained + (bucket if stage > 1 else 0)
+        assert role.gradients == gradients * trained + (bucket if stage else 0)
         assert role.optimizer == optimizer * trained
         assert role.averages == 8 * trained  # target and average
     offloaded = student(2, 2, offload_optimizer=True)
-    assert (offloaded.optimizer, offloaded.host) == (0, 6 * trained)
+    assert offloaded.optimizer == 0
+    assert offloaded.host > 10 * trained  # gradients and a temporary beside them
     assert student(2, 2, precision="bf16").weights == 2 * trained + tables
 
 
@@ -184,6 +187,40 @@ def test_a_sharded_teacher_is_divided_and_the_target_is_not(tmp_path):
     checkpointed = roles(2, "detail", shard_teacher=True, activation_checkpointing=True)["teacher"]
     block = 4 * sum(p.numel() for p in net.network.blocks[0].parameters())
     assert (through.gathered, checkpointed.gathered) == (layer + size, layer + block)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("semantic", EngineConfig(backend="torch", precision="bf16")),
+        ("semantic", EngineConfig(zero_stage=2, precision="bf16")),
+        ("detail", EngineConfig(zero_stage=2)),
+    ],
+)
+def test_a_plan_is_within_a_tenth_of_a_steps_peak_where_activations_are_few(tmp_path, name, engine):
+    """An update is the worst moment then, but for plain torch's. All that the second step holds."""
+    folder, shape, text = pipeline_cases.save(tmp_path, "wan21"), (16, 1, 2, 4), (20, 16)
+    pipeline_cases.wan_transformer(layers=6).save_pretrained(folder / "transformer")
+    sizes = SIZES | {"num_steps": 2, "global_batch": 2, "micro_batch": 1}
+    more = {"semantic": SemanticConfig(**sizes), "scale": ScaleConfig(num_workers=1)}
+    judged = ObjectiveConfig(adversarial=0.5, feature_matching=1.0)
+    more["detail"] = DetailConfig(**sizes, lora_rank=16, objective=judged)
+    config = config_of("wan21", folder, engine=engine, **more)
+    plan = plan_stage(config, name, shape, text)
+    if name == "semantic":
+        assert (plan.update[0] > plan.activations) == (engine.backend == "deepspeed")
+    with Real() as live:
+        semantic = load_teacher(folder).requires_grad_(False) if name == "detail" else None
+        given = Given(load_teacher(folder, name), torch.zeros(1, *shape), torch.zeros(1, *text), semantic)
+        stage = build_stage(config, name, given)
+        del given, semantic
+        batches = [planner.Batch(torch.arange(1), torch.randn(1, *shape), torch.randn(1, *text))] * 4
+        found = list[int]()
+        seen = lambda *_: found.append(live.since())  # noqa: E731
+        distill(stage, batches, report_every=1, save_every=9, report=seen, save=lambda _: None)
+    for made in stage.engines().values():
+        made.close()
+    assert found[1] == pytest.approx(plan.device, rel=0.1), plan.roles
 
 
 SHAPES = {
@@ -291,7 +328,8 @@ def test_what_is_said_to_fit_does(tmp_path):
             sizes[how] = plan_stage(make(), "semantic", *shape).device
     assert len(sizes) == 7  # twice the workers would not divide the batch
     better = [size for size in sizes.values() if size < plan.device]
-    assert len(better) == 6  # at ZeRO 3 the target does not share the student's weights
+    # A LoRA of rank 64 is larger than this network, and ZeRO 3 would gather the whole of it ahead.
+    assert len(better) == 5
     least = min(better)
     room = PlanConfig(memory_gib=(least + 1) / planner.GIB, reserve=0.0)
     with pytest.raises(DoesNotFit) as refused:
