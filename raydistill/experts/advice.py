@@ -35,10 +35,7 @@ def plan_lines(config: DistillConfig, plan: StagePlan) -> Iterator[str]:
     clip = f"{plan.tokens:,} tokens a clip" if plan.tokens else "a U-Net"
     size = config.stage(plan.name).micro_batch
     yield f"  {'activations':>15}{plan.activations / GIB:>{wide}.2f}   ({clip}, {size} at once)"
-    more, name = plan.update
-    if more > 0:
-        when = "when activations are gone" if name == "student" else "beside what it was given to look at"
-        yield f"  {'update':>15}{more / GIB:>{wide}.2f}   (the {name}'s, {when})"
+    yield from _update_line(plan, wide)
     if plan.device == plan.loading:
         why = "the student, whole in float32 on every worker, and its target"
         yield f"  {'loading':>15}{plan.loading / GIB:>{wide}.2f}   ({why})"
@@ -54,6 +51,13 @@ def plan_lines(config: DistillConfig, plan: StagePlan) -> Iterator[str]:
         f"  {steps} steps: {seconds:,.1f} s each at {ask.tflops:g} TFLOP/s a device, "
         f"{hours:,.1f} device-hours, {hours * ask.price_per_hour:,.0f} at {ask.price_per_hour:g} an hour"
     )
+
+
+def _update_line(plan: StagePlan, wide: int) -> Iterator[str]:
+    more, name = plan.update
+    if more > 0:
+        when = "when activations are gone" if name == "student" else "beside what it was given to look at"
+        yield f"  {'update':>15}{more / GIB:>{wide}.2f}   (the {name}'s, {when})"
 
 
 def usable(config: DistillConfig) -> float:
