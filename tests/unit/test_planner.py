@@ -12,7 +12,8 @@ from diffusers import WanTransformer3DModel
 from holding_cases import Real
 from job_cases import ROOT, load_job
 
-from raydistill.config.distill import DistillConfig, EngineConfig, ScaleConfig, TargetConfig
+from raydistill.config.distill import DistillConfig, ScaleConfig, TargetConfig
+from raydistill.config.engine import EngineConfig, RoleConfig
 from raydistill.config.grid import GridConfig
 from raydistill.config.load import run
 from raydistill.config.plan import PlanConfig
@@ -134,7 +135,7 @@ def test_roles_share_what_they_share(tmp_path):
     assert size < frozen < 1.4 * size
 
 
-def test_zero_divides_and_averages_do_not(tmp_path):
+def test_zero_divides_and_of_the_averages_the_one_that_is_kept(tmp_path):
     folder = pipeline_cases.save(tmp_path, "wan21")
     net = load_teacher(folder)
     trained = sum(p.numel() for p in net.parameters())
@@ -156,10 +157,13 @@ def test_zero_divides_and_averages_do_not(tmp_path):
         assert role.weights == weights * trained + tables
         assert role.gradients == gradients * trained + (bucket if stage else 0)
         assert role.optimizer == optimizer * trained
-        assert role.averages == 8 * trained  # target and average
+        assert role.averages == (4 + (2 if stage == 3 else 4)) * trained  # target and average
     offloaded = student(2, 2, offload_optimizer=True)
     assert offloaded.optimizer == 0
     assert offloaded.host > 10 * trained  # gradients and a temporary beside them
+    kept = student(3, 2, offload_optimizer=True)
+    assert kept.averages == 4 * trained  # the average is where the masters are
+    assert kept.host == pytest.approx(12 * trained)
     assert student(2, 2, precision="bf16").weights == 2 * trained + tables
 
 
@@ -183,6 +187,10 @@ def test_a_sharded_teacher_is_divided_and_the_target_is_not(tmp_path):
     assert {n: r for n, r in shared.items() if n != "teacher"} == {
         n: r for n, r in whole.items() if n != "teacher"
     }
+    away = roles(2, shard_teacher=True, offload_teacher=True)["teacher"]
+    assert (away.weights, away.host, away.gathered) == (tables, size // 2, 2 * layer)
+    own = roles(2, "detail", zero_stage=3, critic=RoleConfig(zero_stage=0))["critic"]
+    assert own.gradients == 4 * own.trained  # whole
     through = roles(2, "detail", shard_teacher=True)["teacher"]
     checkpointed = roles(2, "detail", shard_teacher=True, activation_checkpointing=True)["teacher"]
     block = 4 * sum(p.numel() for p in net.network.blocks[0].parameters())
@@ -250,23 +258,29 @@ def asked(tmp_path, config, *more):
     return ["distill.py", "--config", str(ROOT / "jobs" / config), "--plan", *given, *more]
 
 
-def test_a_student_is_whole_in_float32_before_it_is_divided(tmp_path):
-    """Sixteen workers at ZeRO 3 hold little of it in training, and all of it as they begin."""
+def test_a_student_that_a_target_is_copied_of_is_whole_in_float32_before_it_is_divided(tmp_path):
+    """Sixteen workers hold little of it in training, and all of it as they begin; else not even then."""
     with torch.device("meta"):
         net = WanTransformer3DModel(num_layers=2, text_dim=16)
     net.save_config(tmp_path)
     count = sum(p.numel() for p in net.parameters())
     sizes = SIZES | {"global_batch": 16, "micro_batch": 1}
     more = {"semantic": SemanticConfig(**sizes), "detail": DetailConfig(**sizes)}
-    more |= {"scale": ScaleConfig(num_workers=16), "target": TargetConfig(kind="online")}
+    more |= {"scale": ScaleConfig(num_workers=16)}
     engine = EngineConfig(zero_stage=3, shard_teacher=True, precision="bf16", activation_checkpointing=True)
     config = config_of("wan21", tmp_path, engine=engine, average_decay=0.5, **more)
     plan = plan_stage(config, "semantic", (16, 1, 2, 2), (3, 16))
-    assert plan.loading == 8 * count  # with its average
-    assert sum(role.device for role in plan.roles) + plan.activations < plan.loading == plan.device
-    assert any("whole in float32 on every worker" in line for line in plan_lines(config, plan))
-    without = plan_stage(replace(config, average_decay=0.0), "semantic", (16, 1, 2, 2), (3, 16))
-    assert without.loading == 4 * count
+    assert plan.loading == 8 * count  # with its target
+    assert plan.device >= plan.loading
+    online = replace(config, target=TargetConfig(kind="online"))
+    apart = plan_stage(online, "semantic", (16, 1, 2, 2), (3, 16))
+    assert apart.loading == 0
+    assert apart.device < 4 * count
+    below = replace(online, engine=replace(engine, zero_stage=2))
+    whole = plan_stage(below, "semantic", (16, 1, 2, 2), (3, 16))
+    assert whole.loading == 4 * count
+    huge = replace(whole, loading=whole.device + 1)
+    assert any("whole in float32 on every worker" in line for line in plan_lines(below, huge))
 
 
 @pytest.mark.parametrize("config", SHAPES)
