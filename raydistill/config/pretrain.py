@@ -35,7 +35,7 @@ class PretrainConfig:
     severities: tuple[float, ...] = (0.0,)
     """How poor the clips are, each in [0, 1], dealt out in turn; 0 is as drawn. At size 32 alone."""
     num_layers: int = 5
-    """Transformer blocks of the teacher."""
+    """Transformer blocks of the teacher. This and the three below are unused with start."""
     num_heads: int = 4
     """Attention heads of the teacher."""
     dim_head: int = 32

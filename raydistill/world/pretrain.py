@@ -163,10 +163,15 @@ def _codec_folder(config: PretrainConfig) -> Path:
     return Path(config.codec or Path(config.output, "codec"))
 
 
+def build_teacher(config: PretrainConfig) -> WanField:
+    """Build the untrained teacher of the sizes asked for."""
+    sizes = (config.dim_head, config.num_heads, config.num_layers, config.ffn_dim)
+    return build_tiny_teacher(config.seed, *sizes)
+
+
 def _first_teacher(config: PretrainConfig) -> WanField:
     if not config.start:
-        sizes = (config.dim_head, config.num_heads, config.num_layers, config.ffn_dim)
-        return build_tiny_teacher(config.seed, *sizes)
+        return build_teacher(config)
     teacher = load_teacher(config.start)
     if not isinstance(teacher, WanField):
         raise InvalidValue("start", config.start, "the folder of a WanTransformer3DModel")
