@@ -53,13 +53,16 @@ def test_an_untrained_student_has_finite_figures(report):
             assert np.isfinite([figure["value"], figure["low"], figure["high"]]).all()
 
 
-def test_pictures_show_every_pixel(report):
+def test_pictures_show_every_pixel(report, config):
     strips = Image.open(io.BytesIO(report.pictures["strips"]))
     clips = Image.open(io.BytesIO(report.pictures["clips"]))
-    assert (strips.height - 4) // (2 * 64 + pictures.GAP_PX) == 3  # real clips, teacher, student in 2 steps
-    columns, cell = 2, 2 * (4 * 64 + 3)
+    assert (strips.height - 4) // (64 + pictures.GAP_PX) == 3  # real clips, teacher, student in 2 steps
+    columns, cell = 2, 4 * 64 + 3
     assert strips.width == pictures.LABEL_PX + columns * (cell + pictures.GAP_PX)
-    assert (clips.width - pictures.LABEL_PX) // 2 > 64
+    assert clips.width == pictures.LABEL_PX + columns * (64 + pictures.GAP_PX)
+    drawn = np.asarray(strips.convert("RGB"))[-3 * (64 + pictures.GAP_PX) :][:64]  # the real clips' row
+    frame = job.draw_clips(1, config.seed, "control", 64)[0, 0]
+    assert (drawn[:, pictures.LABEL_PX : pictures.LABEL_PX + 64] == frame).all()
 
 
 def test_real_clips_measure_the_same_at_both_sizes(small, config, tmp_path):
