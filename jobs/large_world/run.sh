@@ -13,7 +13,8 @@ toy)
   here='device=cpu precision=fp32 threads=1'
   codec="$here codec_width=16 num_clips=96 num_steps=240 batch=16 learning_rate=4e-3 save_every=80"
   judge="$here num_clips=96 num_steps=30 batch=16 save_every=10"
-  teacher="$here num_layers=2 num_heads=4 dim_head=32 ffn_dim=256 num_clips=192 num_steps=240 batch=16 save_every=80"
+  teacher="$here num_layers=2 num_heads=4 dim_head=32 ffn_dim=256 num_clips=192 num_steps=240 batch=16 save_every=80
+    learning_rate=2e-3 muon_rate=4e-3"
   prepare='source.num_clips=96 decode.num_actors=1 encode.batch_size=16 encode.gpus_per_actor=0
     cluster.num_cpus=2 cluster.object_store_mib=200'
   local='engine.precision=fp32 scale.use_gpu=false scale.cpus_per_worker=0.5 scale.threads_per_worker=1

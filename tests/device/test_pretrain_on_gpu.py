@@ -61,7 +61,7 @@ def test_a_run_on_a_gpu_that_was_stopped_goes_on(config, tmp_path):
     pretrain(whole, lambda _: None)
 
     def stop(line):
-        if "step 1/3" in line:
+        if "step 2/3" in line:  # before its snapshot: goes on from step 1
             raise StoppedError
 
     again = replace(whole, output=str(tmp_path / "again"))

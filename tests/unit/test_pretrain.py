@@ -110,7 +110,7 @@ def test_a_teacher_of_64_pixels_has_the_sizes_asked_for_and_resumes(large, tmp_p
     assert f"teacher: {count:,} parameters" in said
 
     def stop(line):
-        if "step 1/3" in line:
+        if "step 2/3" in line:  # before its snapshot: goes on from step 1
             raise StoppedError
 
     again = replace(whole, output=str(tmp_path / "again"))
@@ -140,12 +140,17 @@ def test_the_codec_of_64_pixels_gives_normalised_latents_8_times_smaller(large):
     torch.testing.assert_close(latents.std(dim=(0, 2, 3, 4)), torch.ones(4), rtol=0.01, atol=0)
 
 
-def test_the_judge_of_64_pixels_sees_the_scenes_at_32(large, tmp_path):
+def test_the_judge_of_64_pixels_sees_the_scenes_at_32_and_what_its_codec_makes_of_them(large, tmp_path):
     asked = replace(large, part="judge", output=str(tmp_path))
     pretrain(asked, lambda _: None)
     judge = load_judge(tmp_path / "judge")
     seen = torch.from_numpy(sprites.shrink(draw_clips(large).permute(0, 2, 3, 4, 1).numpy()))
     assert judge(seen.permute(0, 4, 1, 2, 3))["shape"].shape == (5, 3)
+    build_tiny_codec(5, width=8).save(tmp_path / "other")
+    other = replace(asked, codec=str(tmp_path / "other"), output=str(tmp_path / "through"))
+    pretrain(other, lambda _: None)
+    unlike = load_judge(tmp_path / "through" / "judge").state_dict()
+    assert any(not torch.equal(unlike[name], value) for name, value in judge.state_dict().items())
 
 
 def test_clips_are_drawn_in_chunks_and_held_once_at_the_size_asked_for(large):
