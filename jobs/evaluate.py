@@ -15,6 +15,7 @@ if __name__ == "__main__":
     read_early(EvaluateConfig, SWITCHES)
 
 import logging
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from raydistill.artifacts import tree_digest
-from raydistill.errors import ArtifactError, MissingArtifact, disk_full_explained
+from raydistill.errors import ArtifactError, MissingArtifact, StaleArtifact, disk_full_explained
 from raydistill.evaluation.appearance import Sign
 from raydistill.evaluation.build import build_report
 from raydistill.evaluation.candidates import build_lineup, is_teacher
@@ -33,6 +34,7 @@ from raydistill.models.codec import load_codec
 from raydistill.models.folders import codec_digest
 from raydistill.models.judge import Judge, load_judge
 from raydistill.models.text import WordVectors
+from raydistill.student import read_card
 from raydistill.world import degrade, sprites
 
 HELD_OUT = tuple(a for a in sprites.ALL if sprites.held_out(a))
@@ -55,12 +57,11 @@ def ask(num_clips: int) -> Asked:
     )
 
 
-def draw_clips(num_clips: int, seed: int, purpose: str) -> np.ndarray:
-    """Real clips of the held-out captions, uint8 (n, f, h, w, 3)."""
+def draw_clips(num_clips: int, seed: int, purpose: str, size: int = sprites.SIZE) -> np.ndarray:
+    """Real clips of the held-out captions, uint8 (n, f, h, w, 3); "real" ones as they are measured."""
     first = {"real": 0, "control": 500_000}[purpose] + 1_000_000 * seed
-    return np.stack(
-        [sprites.render(sprites.draw_scene(first + i, attributes_of(i))) for i in range(num_clips)]
-    )
+    clips = (sprites.render(sprites.draw_scene(first + i, attributes_of(i)), size) for i in range(num_clips))
+    return np.stack([sprites.shrink(clip) if purpose == "real" else clip for clip in clips])
 
 
 def _judge(config: EvaluateConfig) -> tuple[Judge | None, str]:
@@ -76,12 +77,12 @@ def make_setting(config: EvaluateConfig) -> Setting:
     """Captions, real clips, codec and judge of the small world."""
     asked = ask(config.num_clips)
     judge, digest = _judge(config)
-    return Setting(
+    setting = Setting(
         asked=asked,
         text=WordVectors()(asked.captions),
         seed=config.seed,
-        real=draw_clips(config.reference_clips, config.seed, "real"),
-        control=draw_clips(config.num_clips, config.seed, "control"),
+        real=draw_clips(config.reference_clips, config.seed, "real", config.size),
+        control=draw_clips(config.num_clips, config.seed, "control", config.size),
         codec=load_codec(config.codec),
         judge=judge,
         batch_size=config.batch_size,
@@ -92,8 +93,26 @@ def make_setting(config: EvaluateConfig) -> Setting:
             "world": tree_digest(sprites.__file__),
             "sign": tree_digest(degrade.__file__),
             "reference_clips": config.reference_clips,
+            "size": config.size,
         },
+        measured=sprites.shrink,
     )
+    require_size(config, setting.latent_shape)
+    return setting
+
+
+def require_size(config: EvaluateConfig, latent_shape: tuple[int, ...]) -> None:
+    """Refuse students of clips of another size: a network would take any, and give figures of nothing."""
+    for folder in chain.from_iterable(config.students.values()):
+        try:
+            card, _ = read_card(Path(folder))
+        except MissingArtifact:
+            continue  # skipped later, with its reason
+        if tuple(card.latent_shape) != latent_shape:
+            raise StaleArtifact(
+                f"{folder} makes latents {tuple(card.latent_shape)}, clips of size={config.size} have "
+                f"{latent_shape}: set size to that of its clips"
+            )
 
 
 def main() -> None:

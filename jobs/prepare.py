@@ -82,7 +82,13 @@ def find_sources(config: PrepareConfig) -> list[Source]:
         print(f"{len(found)} {source.kind} below {source.path}; {others} other files, captions not counted")
         return found
     with meter("drawing", source.num_clips) as progress, disk_full_explained(Path(source.path)):
-        world = World(source.path, source.seed, source.severity, images=source.kind == "sprite_images")
+        world = World(
+            source.path,
+            source.seed,
+            source.severity,
+            size=source.size,
+            images=source.kind == "sprite_images",
+        )
         names = write_world(world, source.num_clips, report=progress.show)
     return [describe_source(Path(source.path, name), name) for name in names]
 

@@ -15,17 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from raydistill.errors import ArtifactError, StaleArtifact, disk_full_explained
-from raydistill.world.pretrain import pretrain
+from raydistill.world.pretrain import device_of, pretrain
 
 
 def _result_of(config: PretrainConfig) -> PretrainConfig:
     """What shapes the weights: not how the process runs."""
-    return replace(config, threads=1, save_every=1)
+    return replace(config, device="cpu", threads=1, save_every=1)
 
 
 def main() -> None:
     """Train, with a line per snapshot."""
     config, _ = from_command_line(PretrainConfig, sys.argv[1:], switches={})
+    device_of(config)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     settings = output / f"{config.part}.yaml"

@@ -19,3 +19,9 @@ def fraction(key: str, value: float) -> None:
     """Raise unless 0 <= value < 1."""
     if not 0.0 <= value < 1.0:
         raise InvalidValue(key, value, "in [0, 1)")
+
+
+def clip_size(key: str, value: int) -> None:
+    """Raise unless the small world can be drawn with frames so wide."""
+    if value < 32 or value % 32:
+        raise InvalidValue(key, value, "a multiple of 32")

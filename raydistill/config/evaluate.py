@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from raydistill.config.checks import clip_size
 from raydistill.errors import InvalidValue
 
 SWITCHES = {"update-readme": "put the table into README.md and the pictures into docs/"}
@@ -79,6 +80,10 @@ class EvaluateConfig:
     """Clips per sampler. 144 fits in about 90 seconds; intervals for a README want 576 or more."""
     reference_clips: int = 1152
     """Real clips that the Frechet distance is taken to."""
+    size: int = 32
+    """Side of the clips in pixels, a multiple of 32, as the networks were trained on. All that is
+    measured of pixels, but for PSNR, is measured on clips averaged down to 32x32, and so comparable between
+    sizes; pictures show every pixel."""
     seed: int = 2024
     """Keys noise and real clips; not a training seed."""
     teacher_steps: tuple[int, ...] = (50, 8, 4, 2, 1)
@@ -116,6 +121,7 @@ class EvaluateConfig:
         _at_least("num_clips", self.num_clips, 4)
         _at_least("reference_clips", self.reference_clips, 4)
         _at_least("num_draws", self.num_draws, 20)
+        clip_size("size", self.size)
         for name in ("batch_size", "threads"):
             _at_least(name, getattr(self, name), 1)
         _at_least("guidance_scale", self.guidance_scale, 0)

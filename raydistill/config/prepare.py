@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raydistill.config.checks import at_least
+from raydistill.config.checks import at_least, clip_size
 from raydistill.config.grid import GridConfig
 from raydistill.errors import InvalidValue
 
@@ -28,9 +28,12 @@ class SourceConfig:
     """A file without caption is left out and counted, stops the job, or gets the empty caption."""
     num_clips: int = 1500
     """How many clips or images of the small world to draw. Sprites only."""
+    size: int = 32
+    """Side of the small world's frames in pixels, a multiple of 32: the same scenes, drawn finer. They are
+    then scaled to clip.height and clip.width like any video. Sprites only."""
     severity: float = 0.0
     """How poor the small world's clips are, in [0, 1]: exposure, blur, noise, watermark, compression.
-    Sprites only."""
+    Sprites of size 32 only."""
     seed: int = 0
     """Seed of the small world. Sprites only."""
 
@@ -38,8 +41,13 @@ class SourceConfig:
         """Check ranges."""
         at_least("source.num_clips", self.num_clips, 1)
         at_least("source.seed", self.seed, 0)
+        clip_size("source.size", self.size)
         if not 0.0 <= self.severity <= 1.0:
             raise InvalidValue("source.severity", self.severity, "in [0, 1]")
+        if self.severity and self.size != 32:
+            raise InvalidValue(
+                "source.severity", self.severity, f"0 at source.size = {self.size}, or size 32"
+            )
         if not self.path:
             raise InvalidValue("source.path", self.path, "a folder")
 

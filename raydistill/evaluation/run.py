@@ -49,6 +49,8 @@ class Setting:
     """The watermark to look for; None: its figure is left out."""
     identity: Mapping[str, Any]
     """Codec, judge and real clips, for fingerprints."""
+    measured: Callable[[Frames], Frames] = lambda frames: frames
+    """What of a clip is measured, for samples and control alike; `real` is so already, pictures show all."""
 
     @property
     def num_clips(self) -> int:
@@ -107,7 +109,8 @@ class Bench:
     def __init__(self, setting: Setting, store: RecordStore, progress: Progress = lambda *_: None):
         """Nothing is computed yet."""
         self.setting, self.store, self.progress = setting, store, progress
-        self.features = RandomFeatures(setting.batch_size)
+        features = RandomFeatures(setting.batch_size)
+        self.features = lambda frames: features(setting.measured(frames))
         self.computed: list[str] = []
         """Names of the samplers that were not found on disk."""
 
@@ -198,7 +201,7 @@ class Bench:
         return np.concatenate(parts), seconds
 
     def _values(self, frames: Frames, seen: Float[np.ndarray, "n d"]) -> dict[str, Float[np.ndarray, " n"]]:
-        setting = self.setting
+        setting, frames = self.setting, self.setting.measured(frames)
         values = measures.path_measures(frames, setting.asked)
         if setting.judge is not None:
             logits = judge_clips(setting.judge, frames)

@@ -104,8 +104,12 @@ def _unpatchify(tokens: Tensor, like: Latents, patch: tuple[int, int, int]) -> L
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, c, f, h, w)
 
 
-def build_tiny_teacher(seed: int, dim_head: int = 32, num_heads: int = 4, num_layers: int = 5) -> WanField:
+def build_tiny_teacher(
+    seed: int, dim_head: int = 32, num_heads: int = 4, num_layers: int = 5, ffn_dim: int = 0
+) -> WanField:
     """Build the small world's teacher, untrained: 16 tokens of (4, 16, 4, 4) latents, 1.6 M parameters.
+
+    `ffn_dim`: width of the feed-forward layers; 0: four times a token's.
 
     Four frames share a token, as four frames share a latent in Wan's own codec. Rotary positions are
     relative, and with one frame per token nothing tells the network which way time runs: it learns that a
@@ -123,7 +127,7 @@ def build_tiny_teacher(seed: int, dim_head: int = 32, num_heads: int = 4, num_la
             out_channels=4,
             text_dim=32,
             freq_dim=64,
-            ffn_dim=4 * num_heads * dim_head,
+            ffn_dim=ffn_dim or 4 * num_heads * dim_head,
             num_layers=num_layers,
             rope_max_seq_len=64,
         )

@@ -38,10 +38,13 @@ class World:
     severity: float = 0.0
     """How poor the clips are, in [0, 1], see `degrade`."""
     images: bool = False
+    size: int = sprites.SIZE
+    """Side of the frames in pixels, a multiple of 32; poor clips have 32."""
 
     def open(self) -> None:
         """Mark the folder as holding this world. Raises StaleArtifact if it holds another one."""
-        ours: dict[str, Any] = {"seed": self.seed, "renderer": file_sha256(sprites.__file__)}
+        ours: dict[str, Any] = {"seed": self.seed, "size": self.size}
+        ours |= {"renderer": file_sha256(sprites.__file__)}
         ours |= {"images": "png"} if self.images else {"encoding": ENCODING}
         if self.severity:
             ours |= {"severity": self.severity, "degrading": file_sha256(degrading.__file__)}
@@ -55,6 +58,7 @@ class World:
             raise CorruptArtifact(f"{mark} cannot be read: {failed}") from failed
         if theirs != ours:
             held = f"seed {theirs.get('seed')}, severity {theirs.get('severity', 0)}"
+            held += f", size {theirs.get('size', sprites.SIZE)}"
             raise StaleArtifact(
                 f"{self.folder} holds the small world of {held}, or drawn by other code: "
                 "remove the folder, or choose another source.path"
@@ -85,7 +89,7 @@ class World:
         """Draw clips or images by number; captions that are held out are never drawn."""
         for number in numbers:
             scene, path = self.scene(number), self.path(number)
-            frames = degrade(render(scene), self.severity, number)
+            frames = degrade(render(scene, self.size), self.severity, number)
             beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
             try:
                 if self.images:

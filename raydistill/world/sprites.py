@@ -2,6 +2,7 @@
 
 A clip is 16 frames of 32x32 RGB at 8 fps. Everything in it follows from (seed, attributes): the same scene is
 drawn on every machine. 36 of the 288 captions, balanced over every attribute, are held out of all training.
+The same scene can be drawn finer, 64x64 or more; its numbers stay in pixels of the 32.
 """
 
 import hashlib
@@ -68,7 +69,7 @@ def held_out(attributes: Attributes) -> bool:
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip's numbers: attributes and what they leave open. Pixels; speed in pixels per frame."""
+    """One clip's numbers: attributes and what they leave open. Pixels of SIZE; speed in pixels per frame."""
 
     attributes: Attributes
     radius: float
@@ -153,14 +154,40 @@ def _background(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.asarray(scene.shade) + level[..., None]
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Draw the clip, anti-aliased by signed distance: uint8 (frames, height, width, 3)."""
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
+def render(scene: Scene, size: int = SIZE) -> np.ndarray:
+    """Draw the clip, anti-aliased by signed distance: uint8 (frames, size, size, 3).
+
+    `size` is a multiple of SIZE, else ValueError is raised. A pixel of SIZE is cut into equal smaller ones;
+    edges are one of the new pixels wide.
+    """
+    fineness = _fineness(size)
+    y, x = (np.mgrid[0:size, 0:size] + 0.5) / fineness - 0.5  # a pixel's middle, in the scene's pixels
     centres = scene.centres()
     dx, dy = x[None] - centres[:, 0, None, None], y[None] - centres[:, 1, None, None]
     distance = _distance(scene.attributes.shape, dx, dy, scene.radius)[..., None]
-    whole = np.clip(0.5 - (distance - OUTLINE_PX), 0, 1)  # shape with its outline
-    inside = np.clip(0.5 - distance, 0, 1)
+    whole = np.clip(0.5 - fineness * (distance - OUTLINE_PX), 0, 1)  # shape with its outline
+    inside = np.clip(0.5 - fineness * distance, 0, 1)
     frame = _background(scene, x, y)[None] * (1 - whole) + 255.0 * (whole - whole * inside)
     frame = frame + np.asarray(COLOURS[scene.attributes.colour], dtype=np.float64) * whole * inside
     return np.clip(np.rint(frame), 0, 255).astype(np.uint8)
+
+
+def shrink(frames: np.ndarray) -> np.ndarray:
+    """Average the smaller pixels of uint8 clips (..., size, size, 3) to those of SIZE, rounded.
+
+    What is measured in a scene's own pixels is so measured in clips of any size. Raises ValueError if `size`
+    is no multiple of SIZE.
+    """
+    fineness, before = _fineness(frames.shape[-2]), frames.shape[:-3]
+    if fineness == 1:
+        return frames
+    parts = frames.reshape(*before, SIZE, fineness, SIZE, fineness, 3)
+    return np.rint(parts.mean(axis=(-4, -2), dtype=np.float32)).astype(np.uint8)
+
+
+def _fineness(size: int) -> int:
+    """How many drawn pixels a scene's own pixel is wide."""
+    fineness, rest = divmod(size, SIZE)
+    if rest or fineness < 1:
+        raise ValueError(f"clips of {size} pixels: the side must be a multiple of {SIZE}")
+    return fineness

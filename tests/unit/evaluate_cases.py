@@ -18,7 +18,7 @@ SMALL = {"dim_head": 12, "num_heads": 2, "num_layers": 1}
 NULL_TEXT = WordVectors()([""])[0]
 
 
-def make_student(folder, kind, seed, sources=None, path="deterministic"):
+def make_student(folder, kind, seed, sources=None, path="deterministic", side=4):
     semantic = build_tiny_teacher(seed, **SMALL)
     boundary = None if kind == "single" else 0.6
     detail = add_detail(semantic, 2, 4.0, seed) if kind == "dual" else None
@@ -27,7 +27,7 @@ def make_student(folder, kind, seed, sources=None, path="deterministic"):
         boundary=boundary,
         grid=GRID,
         guidance_scale=2.0,
-        latent_shape=(4, 16, 4, 4),
+        latent_shape=(4, 16, side, side),
         text_shape=(8, 32),
         lora=(2, 4.0) if kind == "dual" else None,
         sources=sources or {},

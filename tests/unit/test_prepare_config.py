@@ -75,6 +75,7 @@ DOES_NOT = [
     {"source": {"seed": 3}},
     {"source": {"captions": "elsewhere"}},
     {"source": {"severity": 0.5}},  # the files tell
+    {"source": {"size": 64}},
     {"limits": {"deadline_s": 1.0}},
     {"limits": {"memory_gib": 1.0}},
     {"decode": {"num_actors": 3}},
