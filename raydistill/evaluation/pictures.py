@@ -12,6 +12,8 @@ Frames = UInt8[np.ndarray, "n f h w 3"]
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 LABEL_PX, LINE_PX, GAP_PX = 128, 14, 6
 CHARACTER_PX = 6
+ENLARGED_PX = 48
+"""Larger frames are shown as they are."""
 
 
 def draw_strips(
@@ -25,7 +27,13 @@ def draw_strips(
     cells = {
         label: [_side_by_side(_spread(clip, num_shown)) for clip in all_] for label, all_ in clips.items()
     }
+    zoom = zoom if _side(clips) <= ENLARGED_PX else 1
     return _png(_wall(cells, captions[:count], zoom))
+
+
+def _side(clips: Mapping[str, Frames]) -> int:
+    """Long side of the frames."""
+    return max(next(iter(clips.values())).shape[2:4])
 
 
 def _spread(clip: UInt8[np.ndarray, "f h w 3"], num_shown: int) -> UInt8[np.ndarray, "k h w 3"]:
@@ -36,6 +44,7 @@ def _spread(clip: UInt8[np.ndarray, "f h w 3"], num_shown: int) -> UInt8[np.ndar
 def draw_gif(clips: Mapping[str, Frames], captions: Sequence[str], fps: float = 8, zoom: int = 3) -> bytes:
     """GIF that loops: a row per sampler, a column per caption, one palette for all frames."""
     length = next(iter(clips.values())).shape[1]
+    zoom = zoom if _side(clips) <= ENLARGED_PX else 1
     pages = [
         _wall({label: [clip[number] for clip in frames] for label, frames in clips.items()}, captions, zoom)
         for number in range(length)
@@ -65,6 +74,25 @@ def fit_under(limit_bytes: int, draw, counts: Sequence[int]) -> bytes:
         if len(data) <= limit_bytes:
             break
     return data
+
+
+LARGEST_PX, LONGEST = 128, 24
+"""Side in pixels and number of frames of the largest clips that are shown."""
+
+
+def reduced(frames: Frames) -> Frames:
+    """Clips as they are shown, a long side of LARGEST_PX and LONGEST frames of each at most."""
+    count, (height, width) = frames.shape[1], frames.shape[2:4]
+    picked = frames[:, np.linspace(0, count - 1, min(count, LONGEST)).round().astype(int)]
+    side = max(height, width)
+    if side <= LARGEST_PX:
+        return picked
+    size = (max(1, width * LARGEST_PX // side), max(1, height * LARGEST_PX // side))
+    small = [
+        [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in clip]
+        for clip in picked
+    ]
+    return np.array(small)
 
 
 def _side_by_side(frames: UInt8[np.ndarray, "f h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
