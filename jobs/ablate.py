@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluate import make_setting
+from evaluate import ground
 from filelock import FileLock
 
 from raydistill.artifacts import LatentStore, fingerprint, tree_digest, write_atomically, write_json
@@ -44,12 +44,10 @@ from raydistill.errors import (
     disk_full_explained,
 )
 from raydistill.evaluation.build import build_report
-from raydistill.evaluation.candidates import build_lineup
 from raydistill.evaluation.measures import BY_NAME
 from raydistill.evaluation.report import PICTURES, publish_pictures
 from raydistill.evaluation.studies import decide
 from raydistill.models.folders import codec_digest, teacher_digest
-from raydistill.models.text import WordVectors
 from raydistill.student import CARD
 from raydistill.trajectories.store import TrajectoryStore
 
@@ -252,7 +250,7 @@ def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:
     """Measure all students; return the study's page, for a folder that holds its pictures, and these."""
     asked = evaluation(config)
     torch.set_num_threads(asked.threads)
-    lineup = build_lineup(asked, WordVectors()([""])[0])
+    setting, lineup = ground(asked)
     anchors = {"teacher": "teacher"} | {name: one.label for name, one in lineup.anchors.items()}
     more = {
         "lead": config.question,
@@ -267,7 +265,7 @@ def report(config: AblateConfig) -> tuple[str, dict[str, bytes]]:
     }
     made = build_report(
         asked,
-        make_setting(asked),
+        setting,
         lineup,
         progress,
         decide=lambda rows: decide(rows, config.compare, anchors),

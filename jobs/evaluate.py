@@ -2,6 +2,7 @@
 
     python jobs/evaluate.py --config jobs/tiny/evaluate.yaml
     python jobs/evaluate.py --config jobs/tiny/evaluate.yaml num_clips=576 --update-readme
+    python jobs/evaluate.py --config jobs/wan21_1_3b/evaluate.yaml data=LATENTS features=CLIP num_clips=32
 
 A second run goes on where the first stopped: samplers already measured are read back from <output>/records.
 """
@@ -26,8 +27,10 @@ from raydistill.artifacts import tree_digest
 from raydistill.errors import ArtifactError, MissingArtifact, StaleArtifact, disk_full_explained
 from raydistill.evaluation.appearance import Sign
 from raydistill.evaluation.build import build_report
-from raydistill.evaluation.candidates import build_lineup, is_teacher
+from raydistill.evaluation.candidates import Lineup, build_lineup, is_teacher
+from raydistill.evaluation.ground import Ground
 from raydistill.evaluation.measures import Asked
+from raydistill.evaluation.real import make_real
 from raydistill.evaluation.report import publish_pictures, update_readme
 from raydistill.evaluation.run import Setting
 from raydistill.models.codec import load_codec
@@ -121,8 +124,7 @@ def main() -> None:
     config, switches = from_command_line(EvaluateConfig, sys.argv[1:], switches=SWITCHES)
     torch.set_num_threads(config.threads)
     output = Path(config.output)
-    setting = make_setting(config)
-    lineup = build_lineup(config, WordVectors()([""])[0])
+    setting, lineup = ground(config)
     for one in lineup.skipped:
         print(f"skipped {one.what}: {one.reason}", file=sys.stderr)
     if any(config.students.values()) and all(is_teacher(one.group) for one in lineup.candidates):
@@ -150,6 +152,13 @@ def main() -> None:
         publish_pictures({k: v for k, v in report.pictures.items() if k != "losses"}, docs)
         update_readme("README.md", (output / "report" / "table.md").read_text(encoding="utf-8"), section)
         print("README.md and docs/ hold this table and its pictures")
+
+
+def ground(config: EvaluateConfig) -> tuple[Ground, Lineup]:
+    """What is measured, and on what: a real teacher and its students on data, or those of the small world."""
+    if config.data:
+        return make_real(config)
+    return make_setting(config), build_lineup(config, WordVectors()([""])[0])
 
 
 if __name__ == "__main__":

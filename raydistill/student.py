@@ -77,8 +77,8 @@ class Card:
         """Raise StaleArtifact if captions are embedded by a real teacher's text encoder."""
         if (encoder := self.text["kind"]) != WORD_VECTORS:
             raise StaleArtifact(
-                f"this student's captions are those of a {encoder}: evaluations know the small world's word "
-                "vectors alone"
+                f"this student's captions are those of a {encoder}, not the small world's word vectors: name "
+                "clips of its own that no training saw, data=FOLDER of jobs/prepare.py"
             )
 
 

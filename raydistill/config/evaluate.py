@@ -58,28 +58,39 @@ class LatencyConfig:
 class EvaluateConfig:
     """Quality against steps: teacher, students and their mixtures, on captions that no training saw."""
 
+    data: str = ""
+    """Latents of jobs/prepare.py, of clips and captions that no training saw: a real teacher and its students
+    are measured on these. Empty: the small world, which draws its own."""
     teacher: str = "raydistill/world/weights/teacher"
-    """Folder of the many-step model."""
+    """Folder of the many-step model, or a pipeline's, or its name on the hub."""
     more_teachers: dict[str, str] = field(default_factory=dict[str, str])
     """Name, as teacher_NAME -> folder of another teacher with the same codec: it has rows of its own, and its
     students are compared with it."""
     codec: str = "raydistill/world/weights/codec"
-    """Folder of the codec that both were trained with."""
+    """Folder of the codec that both were trained with, or a pipeline's, or its name on the hub."""
     judge: str = "raydistill/world/weights/judge"
-    """Folder of the network that reads attributes off a clip; if it is not there, its figures are skipped."""
+    """Folder of the network that reads attributes off a clip; if it is not there, its figures are skipped.
+    The small world's alone."""
+    features: str = ""
+    """With data: local folder of a network for figures, as transformers saves it, safetensors only: a whole
+    CLIP with its tokenizer (Frechet distance, likeness of captions), a CLIP's vision part or a DINOv2 (the
+    distance). Nothing is downloaded; if it is not there, its figures are skipped."""
+    features_digest: str = ""
+    """Digest that the files of features must have, as results.json has it; empty: any, which is recorded."""
     students: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     """Kind -> students of that kind, one per training seed, averaged; e.g. students.dual=[build/a,build/b].
     `dual` and `single` are the names the verdicts look for. What is not there is skipped, with the reason."""
     strict: bool = False
-    """Raise instead of skipping when a student or the judge is not there."""
+    """Raise instead of skipping when a student, the judge, or what features names is not there."""
     output: str = "build/evaluation"
     """Receives report.html, report/, results.json and records/, from which a second run goes on."""
     records: str = ""
     """Folder of the records, if not that: evaluations that share it measure a sampler once."""
     num_clips: int = 144
-    """Clips per sampler. 144 fits in about 90 seconds; intervals for a README want 576 or more."""
+    """Clips per sampler. 144 fits in about 90 seconds; intervals for a README want 576 or more. Of data the
+    first so many."""
     reference_clips: int = 1152
-    """Real clips that the Frechet distance is taken to."""
+    """Real clips that the Frechet distance is taken to. Of data at most so many of those after num_clips."""
     size: int = 32
     """Side of the clips in pixels, a multiple of 32, as the networks were trained on. All that is
     measured of pixels, but for PSNR, is measured on clips averaged down to 32x32, and so comparable between
@@ -98,10 +109,16 @@ class EvaluateConfig:
     """Steps of the detail expert, after the guided teacher went down to the boundary."""
     guidance_scale: float = 2.0
     """The teacher's w in uncond + w (cond - uncond); 1 is off."""
+    guidance_scale_2: float = 0.0
+    """That of the second of a teacher's two networks (Wan2.2); 0: the same."""
     shift: float = 1.0
     """Warp of the teacher's times towards noise; 1 is none."""
     batch_size: int = 48
     """Clips sampled at once."""
+    device: str = "cpu"
+    """Where networks compute: cpu, cuda, cuda:1. The small world's on the CPU alone."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the weights of teacher and students; the state of sampling and the codec stay float32."""
     num_draws: int = 400
     """Bootstrap resamplings behind each 95 % interval."""
     threads: int = 2
@@ -134,6 +151,21 @@ class EvaluateConfig:
         if not re.fullmatch("[a-z]+", self.readme_section):
             raise InvalidValue("readme_section", self.readme_section, "a name of a-z")
         self._check_names()
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Refuse what would have no effect."""
+        _at_least("guidance_scale_2", self.guidance_scale_2, 0)
+        if not self.data:
+            for name in ("features", "device", "precision", "guidance_scale_2"):
+                if (value := getattr(self, name)) != (plain := getattr(type(self), name)):
+                    raise InvalidValue(name, value, f"{plain!r} without data: it is for real teachers")
+        elif self.size != 32:
+            raise InvalidValue(
+                "size", self.size, "32 with data: clips have the size that they were prepared in"
+            )
+        if self.features_digest and not self.features:
+            raise InvalidValue("features_digest", self.features_digest, "empty without features")
 
     def _check_names(self) -> None:
         for kind in self.students:

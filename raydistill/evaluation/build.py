@@ -14,20 +14,20 @@ import torch
 from raydistill.artifacts import LatentStore, fingerprint, write_json
 from raydistill.config.evaluate import EvaluateConfig
 from raydistill.evaluation import intervals, pictures, plots
-from raydistill.evaluation.candidates import Lineup, Skipped, is_teacher
+from raydistill.evaluation.candidates import TEACHER, Candidate, Lineup, Skipped, is_teacher
+from raydistill.evaluation.ground import Frames, Ground
 from raydistill.evaluation.records import Record, RecordStore
 from raydistill.evaluation.report import asks_for_looks, write_report
 from raydistill.evaluation.run import (
     Bench,
-    Frames,
     Progress,
     Setting,
     code_digest,
-    decode,
+    decode_call,
     latency_calls,
     time_in_turn,
 )
-from raydistill.evaluation.summary import CONTROL, ROUND_TRIP, Row, Summary, rows_of
+from raydistill.evaluation.summary import Row, Summary, rows_of
 from raydistill.evaluation.verdicts import Judgement, Verdict
 
 RESULTS = "results.json"
@@ -50,7 +50,7 @@ class Report:
 
 def build_report(
     config: EvaluateConfig,
-    setting: Setting,
+    setting: Ground,
     lineup: Lineup,
     progress: Progress = lambda *_: None,
     *,
@@ -69,17 +69,21 @@ def build_report(
     bench = Bench(setting, RecordStore(kept), progress)
     records = bench.run(lineup)
     timings = _timings(config, setting, lineup, kept)
-    summary = Summary(bench.control, bench.real_features, config.seed, config.num_draws)
+    meter = setting.meter
+    real = meter.references(bench.anchors.get(TEACHER))
+    control, distance = next(iter(real.values())), meter.distance
+    summary = Summary(control, meter.real_features, config.seed, config.num_draws, distance)
     rows = rows_of(summary, lineup.candidates, records)
-    reference = [summary.reference(CONTROL, bench.control), summary.reference(ROUND_TRIP, bench.round_trip)]
+    reference = [summary.reference(label, record) for label, record in real.items()]
     everything = rows | {row.label: row for row in reference}
     curves, missing = _curves(config)
-    usual = Judgement(everything, lineup.anchor, timings).all
+    judgement = Judgement(everything, lineup.anchor, timings, distance or "frechet")
+    usual = judgement.of_real if config.data else judgement.all
     verdicts = decide(everything) if decide else usual()
     results = {
         "version": 1,
-        "settings": _settings(config, setting, lineup) | dict(more or {}),
-        "null": everything[CONTROL].figures["frechet"].value,
+        "settings": _settings(config, setting, lineup) | dict(setting.notes) | dict(more or {}),
+        "null": reference[0].figures[distance].value if distance else None,
         "rows": [row.as_dict() for row in rows.values()],
         "reference": [row.as_dict() for row in reference],
         "latency": _latency(timings),
@@ -93,7 +97,7 @@ def build_report(
 
 
 def _timings(
-    config: EvaluateConfig, setting: Setting, lineup: Lineup, folder: Path
+    config: EvaluateConfig, setting: Ground, lineup: Lineup, folder: Path
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds per call by batch and label; read back if the same samplers were timed before."""
     how = config.latency
@@ -109,14 +113,24 @@ def _timings(
         few = [one for one in lineup.firsts if one is lineup.anchor or one.num_steps == TIMED_STEPS] + twice
         torch.set_num_threads(how.threads)
         timings = {
-            str(batch): time_in_turn(
-                latency_calls(few if number else [*lineup.firsts, *twice], setting, batch), how.rounds
-            )
+            str(batch): _timed(few if number else [*lineup.firsts, *twice], setting, batch, how.rounds)
             for number, batch in enumerate(how.batches)
         }
         torch.set_num_threads(config.threads)
         write_json(place, timings)
         return timings
+
+
+def _timed(
+    candidates: Sequence[Candidate], setting: Ground, batch: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds per call by label, in turn among all that stay loaded; first of decoding, beside the first."""
+    out, more = dict[str, list[float]](), decode_call(setting, batch)
+    for needs in dict.fromkeys(one.needs for one in candidates):
+        same = [one for one in candidates if one.needs == needs]
+        out |= time_in_turn(latency_calls(same, setting, batch) | more, rounds)
+        more = {}
+    return out
 
 
 def _latency(timings: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, Any]]:
@@ -130,32 +144,32 @@ def _latency(timings: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, 
     }
 
 
-def _absent(config: EvaluateConfig, setting: Setting) -> list[Skipped]:
+def _absent(config: EvaluateConfig, setting: Ground) -> list[Skipped]:
     out = [
         Skipped(f"{label} in the strips", f"no {folder}")
         for label, folder in config.pictures.beside.items()
         if not Path(folder).is_dir()
     ]
-    if setting.judge is None:
+    if isinstance(setting, Setting) and setting.judge is None:
         without = f"no judge at {config.judge}: direction and speed come from the path alone"
         out.append(Skipped("attributes", without))
     return out
 
 
-def _settings(config: EvaluateConfig, setting: Setting, lineup: Lineup) -> dict[str, Any]:
+def _settings(config: EvaluateConfig, setting: Ground, lineup: Lineup) -> dict[str, Any]:
     students = {
         kind: len({one.training_seed for one in lineup.candidates if one.group == kind})
         for kind in config.students
     }
-    captions = setting.asked.captions
+    captions = setting.captions
     return {
         "lead": (
             f"{len(lineup.candidates)} samplers on {len(set(captions))} captions that no training saw, "
-            f"{setting.num_clips} clips each."
+            f"{len(captions)} clips each."
         ),
-        "num_clips": setting.num_clips,
+        "num_clips": len(captions),
         "captions": f"{len(set(captions))} different, digest {fingerprint(list(captions))[:16]}",
-        "reference_clips": len(setting.real),
+        "reference_clips": setting.num_reference,
         "seed": config.seed,
         "guidance_scale": config.guidance_scale,
         "students": students,
@@ -184,19 +198,20 @@ def _curves(config: EvaluateConfig) -> tuple[dict[str, bytes], list[Skipped]]:
 
 def _pictures(
     config: EvaluateConfig,
-    setting: Setting,
+    setting: Ground,
     lineup: Lineup,
     records: Mapping[str, Record],
     results: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """Draw the first clips of the rows worth seeing: never a choice of good ones."""
-    count = min(max(config.pictures.captions, config.pictures.strip_captions), setting.num_clips)
-    captions = setting.asked.captions[:count]
-    clips: dict[str, Frames] = {CONTROL: setting.control[:count]}
+    captions = setting.captions
+    count = min(max(config.pictures.captions, config.pictures.strip_captions), len(captions))
+    captions, (label, real) = captions[:count], setting.real_frames(count)
+    clips: dict[str, Frames] = {label: pictures.reduced(real)}
     for one in lineup.firsts:
         shown = one in lineup.anchors.values() or (one.num_steps in SHOWN_STEPS and "+" not in one.label)
         if shown:
-            clips[one.label] = decode(setting.codec, records[one.name].latents[:count])
+            clips[one.label] = pictures.reduced(setting.decode(records[one.name].latents[:count]))
     strips = min(config.pictures.strip_captions, count)
     beside = _beside(config, setting, strips)
     sizes = range(min(config.pictures.captions, count), 0, -1)
@@ -208,7 +223,7 @@ def _pictures(
     return drawn | ({"quality": _quality(results)} if results["rows"] else {})
 
 
-def _beside(config: EvaluateConfig, setting: Setting, count: int) -> dict[str, Frames]:
+def _beside(config: EvaluateConfig, setting: Ground, count: int) -> dict[str, Frames]:
     """What was trained on, decoded: the first clips, or so many images that each cell is filled."""
     out = dict[str, Frames]()
     for label, folder in config.pictures.beside.items():
@@ -218,7 +233,8 @@ def _beside(config: EvaluateConfig, setting: Setting, count: int) -> dict[str, F
         store.require_codec(setting.identity["codec"])
         images = store.row(0).latents.shape[1] == 1
         most = min(len(store), count * (IMAGES_IN_CELL if images else 1))
-        frames = decode(setting.codec, np.stack([row.latents for row in store.rows(list(range(most)))]))
+        latents = np.stack([row.latents for row in store.rows(range(most))])
+        frames = pictures.reduced(setting.decode(latents))
         filled = len(frames) // IMAGES_IN_CELL * IMAGES_IN_CELL
         out[label] = frames[:filled].reshape(-1, IMAGES_IN_CELL, *frames.shape[2:]) if images else frames
     return out
@@ -231,7 +247,11 @@ def _quality(results: Mapping[str, Any]) -> bytes:
     if columns and len(steps) == 1:
         real = {name: one["value"] for name, one in results["reference"][0]["figures"].items()}
         return plots.draw_figures(rows, columns, real)
-    return plots.draw_quality(rows, {"frechet": results["null"]}, looks=asks_for_looks(results))
+    if "data" in results["settings"]:
+        null = {plots.REAL[1][0]: results["null"]} if results["null"] is not None else {}
+        return plots.draw_quality(rows, null, panels=plots.REAL)
+    panels = plots.LOOKS if asks_for_looks(results) else plots.PANELS
+    return plots.draw_quality(rows, {"frechet": results["null"]}, panels=panels)
 
 
 def _first_clips(clips: Mapping[str, Frames], captions: Sequence[str], count: int) -> bytes:

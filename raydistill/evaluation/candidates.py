@@ -13,16 +13,16 @@ from torch import Tensor
 from raydistill.artifacts import tree_digest
 from raydistill.config.evaluate import EvaluateConfig
 from raydistill.consistency.schedule import Schedule, TimeGrid
-from raydistill.consistency.solver import guided
 from raydistill.errors import InvalidValue, MissingArtifact, SamplingError, StaleArtifact
+from raydistill.evaluation.networks import APART, TEACHER, OnDemand, Part, Shelf, student_part, teacher_part
 from raydistill.models.folders import codec_digest, teacher_digest
 from raydistill.models.protocols import VelocityField
-from raydistill.models.teacher import load_schedule, load_teacher
+from raydistill.models.teacher import embeds_guidance, load_schedule, schedule_from_dict
 from raydistill.sampler import Path, SamplingPlan, teacher_plan, with_head, with_tail
-from raydistill.student import Student, is_lora, load_student, read_card
+from raydistill.student import Card, Student, read_card
 
 TWO_PASSES = "{} with two passes a step"
-TEACHER, TAIL, HEAD = "teacher", "semantic + teacher tail", "teacher head + detail"
+TAIL, HEAD = "semantic + teacher tail", "teacher head + detail"
 
 
 def is_teacher(group: str) -> bool:
@@ -64,6 +64,16 @@ class Candidate:
     def name(self) -> str:
         """Label and training seed, fit for a file name."""
         return f"{re.sub('[^a-z0-9_]+', '-', self.label)}-{self.training_seed}"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be loaded for it and nothing else with it; empty where everything stays loaded."""
+        fields = self.fields
+        return (
+            fields.keys_of_parts
+            if isinstance(fields, OnDemand) and not fields.shelf.keeps_all
+            else frozenset()
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -110,30 +120,35 @@ class Lineup:
 
 @dataclass(frozen=True)
 class _Guide:
-    """A guided teacher as a field, with its identity."""
+    """A guided teacher, with its identity."""
 
     name: str
     folder: str
-    plain: VelocityField
-    """Without guidance."""
-    field: VelocityField
+    part: Part
+    """The field under TEACHER, and the same in two passes under APART."""
     identity: Mapping[str, Any]
     guided: bool
+    """Whether a step is two passes."""
     schedule: Schedule
 
 
-def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lineup:
-    """Load every network that the config names.
+def build_lineup(
+    config: EvaluateConfig, null_text: Float[Tensor, "l d"], text: Mapping[str, Any] | None = None
+) -> Lineup:
+    """Find every network that the config names; each is loaded when it is first asked for.
 
+    `text` is the identity of what embedded the captions; None: the small world's word vectors. Those of
+    config.data are loaded for one sampler at a time.
     What is not there is skipped with its reason, or, with config.strict, raised as MissingArtifact; the
-    teacher is always needed. Raises StaleArtifact for a student of another teacher: it would be compared with
-    a stranger.
+    teacher is always needed. Raises StaleArtifact for a student of another teacher, codec or text encoder: it
+    would be compared with a stranger.
     """
+    shelf = Shelf(keeps_all=not config.data)
     guides = [
-        _guide(name, folder, config.guidance_scale, null_text)
+        _guide(config, name, folder, null_text)
         for name, folder in {TEACHER: config.teacher, **config.more_teachers}.items()
     ]
-    candidates = [_teacher(guide, steps, config.shift) for guide in guides for steps in config.teacher_steps]
+    candidates = [_teacher(shelf, guide, n, config.shift) for guide in guides for n in config.teacher_steps]
     skipped = [
         Skipped(kind, f"no {kind} student given (students.{kind})")
         for kind in ("dual", "single")
@@ -141,34 +156,36 @@ def build_lineup(config: EvaluateConfig, null_text: Float[Tensor, "l d"]) -> Lin
     ]
     for kind, folders in config.students.items():
         for seed, folder in enumerate(folders):
-            for one in _of_student(config, kind, seed, folder, guides):
+            for one in _of_student(config, (kind, seed, folder), guides, text, shelf):
                 if isinstance(one, Skipped):
                     skipped.append(one)
                 else:
                     candidates.append(one)
     order = {one.label: number for number, one in reversed(list(enumerate(candidates)))}
     ordered = tuple(sorted(candidates, key=lambda one: order[one.label]))
-    teacher = guides[0]
-    apart = {TEACHER: guided(teacher.plain, null_text, config.guidance_scale, batched=False)}
-    first = candidates[0] if config.teacher_steps and teacher.guided else None
+    first = candidates[0] if config.teacher_steps and guides[0].guided and shelf.keeps_all else None
+    apart = OnDemand(shelf, {TEACHER: (guides[0].part, APART)})
     twice = first and replace(first, label=TWO_PASSES.format(first.label), fields=apart)
     return Lineup(ordered, tuple(dict.fromkeys(skipped)), twice)
 
 
-def _guide(name: str, folder: str, scale: float, null_text: Float[Tensor, "l d"]) -> _Guide:
+def _guide(config: EvaluateConfig, name: str, folder: str, null_text: Float[Tensor, "l d"]) -> _Guide:
+    scale, second = config.guidance_scale, config.guidance_scale_2 or None
     identity = {"teacher": teacher_digest(folder), "guidance_scale": scale}
-    plain = load_teacher(folder).requires_grad_(False)
-    field = guided(plain, null_text, scale)
-    return _Guide(name, folder, plain, field, identity, scale != 1, load_schedule(folder))
+    identity |= {"guidance_scale_2": second} if second else {}
+
+    twice = not (scale == 1 and second in (None, 1)) and not embeds_guidance(folder)
+    part = teacher_part(config, name, folder, null_text)
+    return _Guide(name, folder, part, identity, twice, load_schedule(folder))
 
 
-def _teacher(teacher: _Guide, steps: int, shift: float) -> Candidate:
+def _teacher(shelf: Shelf, teacher: _Guide, steps: int, shift: float) -> Candidate:
     plan, name = teacher_plan(steps, TimeGrid(steps, shift)), teacher.name
     return Candidate(
         group=name,
         label=f"{name} {steps}",
         plan=plan,
-        fields={TEACHER: teacher.field},
+        fields=OnDemand(shelf, {TEACHER: (teacher.part, TEACHER)}),
         schedule=teacher.schedule,
         weights=teacher.identity,
         guided=teacher.guided,
@@ -177,18 +194,25 @@ def _teacher(teacher: _Guide, steps: int, shift: float) -> Candidate:
 
 
 def _of_student(
-    config: EvaluateConfig, kind: str, seed: int, folder: str, guides: Sequence[_Guide]
+    config: EvaluateConfig,
+    which: tuple[str, int, str],
+    guides: Sequence[_Guide],
+    text: Mapping[str, Any] | None,
+    shelf: Shelf,
 ) -> Iterator[Candidate | Skipped]:
-    """Every sampler that one student takes part in."""
+    """Every sampler that one student, of (kind, number within it, folder), takes part in."""
+    kind, seed, folder = which
     try:
-        teacher = _own_teacher(config, folder, guides)
-        student = load_student(folder, teacher.folder if is_lora(folder) else None)
+        card, plans = read_card(FilePath(folder))
+        teacher = _own_teacher(config, folder, card, guides, text)
     except MissingArtifact as missing:
         if config.strict:
             raise
         yield Skipped(f"{kind}, student {seed}", str(missing))
         return
-    fields = {**student.fields, TEACHER: teacher.field}
+    part = student_part(config, folder, card, teacher.folder)
+    of = {name: (part, name) for name in (("semantic",) if card.boundary is None else ("semantic", "detail"))}
+    student = Student(card, OnDemand(shelf, of), plans, schedule_from_dict(card.schedule))
     digest = {"student": tree_digest(folder)}
     for label, group, plan in _plans(config, kind, student):
         if isinstance(plan, SamplingError | InvalidValue):
@@ -199,7 +223,7 @@ def _of_student(
             group=group,
             label=label,
             plan=plan,
-            fields=fields,
+            fields=OnDemand(shelf, {**of, TEACHER: (teacher.part, TEACHER)} if mixed else of),
             schedule=student.schedule,
             weights=digest | (dict(teacher.identity) if mixed else {}),
             guided=teacher.guided,
@@ -208,13 +232,18 @@ def _of_student(
         )
 
 
-def _own_teacher(config: EvaluateConfig, folder: str, guides: Sequence[_Guide]) -> _Guide:
+def _own_teacher(
+    config: EvaluateConfig,
+    folder: str,
+    card: Card,
+    guides: Sequence[_Guide],
+    text: Mapping[str, Any] | None,
+) -> _Guide:
     """Find the teacher that a student was distilled from.
 
     Refuses to compare it with anything but the path that it was distilled from.
     """
-    card, _ = read_card(FilePath(folder))
-    card.require_word_vectors()
+    _require_text(config, folder, card, text)
     asked = card.sources.get("teacher")
     teacher = next((one for one in guides if asked in (None, one.identity["teacher"])), None)
     if teacher is None:
@@ -222,7 +251,12 @@ def _own_teacher(config: EvaluateConfig, folder: str, guides: Sequence[_Guide]) 
         raise StaleArtifact(f"{folder} was distilled from another teacher than {measured}")
     if card.sources.get("codec") not in (None, codec_digest(config.codec)):
         raise StaleArtifact(f"{folder} makes latents of another codec than {config.codec}")
-    for name, own in (("guidance_scale", card.guidance_scale), ("shift", card.grid.shift)):
+    own_of = {
+        "guidance_scale": card.guidance_scale,
+        "guidance_scale_2": card.guidance_scale_2 or 0.0,
+        "shift": card.grid.shift,
+    }
+    for name, own in own_of.items():
         low, high = (card.guidance_range if name == "guidance_scale" else None) or (own, own)
         if not low <= getattr(config, name) <= high:
             raise StaleArtifact(
@@ -230,6 +264,19 @@ def _own_teacher(config: EvaluateConfig, folder: str, guides: Sequence[_Guide]) 
                 f"{getattr(config, name):g}: set {name}={own:g}"
             )
     return teacher
+
+
+def _require_text(config: EvaluateConfig, folder: str, card: Card, text: Mapping[str, Any] | None) -> None:
+    """Refuse captions that another text encoder embedded; its precision alone may differ."""
+    if text is None:
+        card.require_word_vectors()
+        return
+    own, given = ({k: v for k, v in one.items() if k != "precision"} for one in (card.text, text))
+    if "kind" in own and any(given.get(name) != value for name, value in own.items()):
+        raise StaleArtifact(
+            f"{folder} knows captions by another text encoder ({own}) than {config.data} ({given}): prepare "
+            "it with the encode.text and encode.text_length of the training"
+        )
 
 
 def _plans(

@@ -33,11 +33,13 @@ class Measure:
     """What the figure is multiplied by in print; 100 makes percent of a share."""
     digits: int = 2
     meaning: str = ""
+    least: float = 0.0
+    """Smallest possible figure."""
 
     @property
-    def most(self) -> float:
-        """Largest possible figure: 1 for shares. None is below 0."""
-        return 1.0 if self.scale == 100 else float("inf")
+    def limits(self) -> tuple[float, float]:
+        """Smallest and largest possible figure: the largest of shares is 1."""
+        return self.least, 1.0 if self.scale == 100 else float("inf")
 
 
 ALL_RIGHT = "right/all"
@@ -82,7 +84,35 @@ MEASURES = (
         "px per frame outside the caption's range of speeds",
     ),
     Measure("path/jitter", "jitter px", "lower", 1, 2, "distance of the centroid from a straight path"),
+    Measure(
+        "features/frechet",
+        "Frechet",
+        "lower",
+        1,
+        1,
+        "distance to real clips on the features of the network named; larger at fewer clips",
+    ),
+    Measure(
+        "clip/text",
+        "CLIP",
+        "higher",
+        1,
+        3,
+        "cosine of a CLIP's frames and caption, mean of frames of a clip",
+        least=-1.0,
+    ),
     Measure("sharpness", "sharpness", "one", 1, 2, "gradient energy over that of real clips"),
+    Measure(
+        "motion", "motion", "one", 1, 2, "mean difference of neighbouring frames over that of real clips"
+    ),
+    Measure(
+        "flicker",
+        "flicker",
+        "lower",
+        1,
+        2,
+        "change of the change from frame to frame over the change itself, 0 to 2",
+    ),
     Measure("near_black", "black %", "lower", 100, 1, "share of frames that are nearly black"),
     Measure(
         "black_clip", "black clips %", "lower", 100, 1, "share of clips that are nearly black throughout"
@@ -123,6 +153,7 @@ MEASURES = (
         3,
         "latents against the teacher's from the same noise",
     ),
+    Measure("teacher/motion", "motion / teacher's", "one", 1, 2, "motion over that of the teacher's clips"),
 )
 
 

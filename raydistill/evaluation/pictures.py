@@ -76,6 +76,25 @@ def fit_under(limit_bytes: int, draw, counts: Sequence[int]) -> bytes:
     return data
 
 
+LARGEST_PX, LONGEST = 128, 24
+"""Side in pixels and number of frames of the largest clips that are shown."""
+
+
+def reduced(frames: Frames) -> Frames:
+    """Clips as they are shown, a long side of LARGEST_PX and LONGEST frames of each at most."""
+    count, (height, width) = frames.shape[1], frames.shape[2:4]
+    picked = frames[:, np.linspace(0, count - 1, min(count, LONGEST)).round().astype(int)]
+    side = max(height, width)
+    if side <= LARGEST_PX:
+        return picked
+    size = (max(1, width * LARGEST_PX // side), max(1, height * LARGEST_PX // side))
+    small = [
+        [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in clip]
+        for clip in picked
+    ]
+    return np.array(small)
+
+
 def _side_by_side(frames: UInt8[np.ndarray, "f h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
     """Frames from left to right, a hairline of paper between them."""
     parted = np.pad(frames, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=PAPER[0])

@@ -16,6 +16,8 @@ from raydistill.evaluation.candidates import HEAD, TAIL
 from raydistill.evaluation.measures import ALL_RIGHT, BY_NAME
 
 Row = Mapping[str, Any]
+Panel = tuple[str, str, float]
+"""Measure, title, what it is multiplied by."""
 COLOURS = {
     "teacher": "#333333",
     "single": "#d55e00",
@@ -30,6 +32,13 @@ LOOKS = (
     RIGHT,
 )
 """Where the question is how frames look."""
+REAL = (
+    ("teacher/latent_rmse", "latents' distance to the teacher's", 1.0),
+    ("features/frechet", "Frechet distance of features (lower is better)", 1.0),
+    ("sharpness", "sharpness (real clips have 1)", 1.0),
+    ("motion", "motion (real clips have 1)", 1.0),
+)
+"""Of real teachers, of whose captions nothing is known."""
 BETTER = {"higher": " (higher)", "lower": " (lower)", "one": " (near 1)"}
 
 
@@ -47,17 +56,15 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
 
 
 def draw_quality(
-    rows: Sequence[Row], null: Mapping[str, float] | None = None, *, looks: bool = False
+    rows: Sequence[Row], null: Mapping[str, float] | None = None, *, panels: Sequence[Panel] = PANELS
 ) -> bytes:
     """Quality against the number of steps, a line per kind of sampler, bars for 95 % intervals.
 
-    `rows` are the rows of results.json; `null` maps a measure to its value on real clips; `looks` shows how
-    frames look instead of the Frechet distance.
+    `rows` are the rows of results.json; `null` maps a measure to its value on real clips; `panels` are
+    measures, titles and factors; those that no row has are left out.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = [
-        panel for panel in (LOOKS if looks else PANELS) if any(panel[0] in row["figures"] for row in rows)
-    ] or PANELS[:1]
+    panels = [panel for panel in panels if any(panel[0] in row["figures"] for row in rows)] or panels[:1]
+    figure = Figure(figsize=(10 if len(panels) < 4 else 13, 4.2), layout="constrained")
     colours = group_colours([row["group"] for row in rows])
     groups = list(dict.fromkeys(row["group"] for row in rows))
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
@@ -72,7 +79,7 @@ def draw_quality(
             )
         _steps_axis(axes, rows)
         axes.set_title(title, fontsize=10, loc="left")
-        if measure == "frechet":
+        if measure.endswith("frechet"):
             axes.set_yscale("log")
     named = {
         label: handle
@@ -116,9 +123,7 @@ def draw_figures(
     return encode_png(figure)
 
 
-def _draw_group(
-    axes: Axes, rows: Sequence[Row], panel: tuple[str, str, float], colour: str, aside: float
-) -> None:
+def _draw_group(axes: Axes, rows: Sequence[Row], panel: Panel, colour: str, aside: float) -> None:
     measure, _, scale = panel
     rows = sorted(rows, key=lambda row: row["num_steps"])
     if not rows:

@@ -114,22 +114,23 @@ def _escape(text: str) -> str:
 def footnote(results: Results) -> str:
     """Say what the numbers stand on."""
     s = results["settings"]
+    device = s.get("device", "cpu")
+    with_what = f"{s['threads']} threads" if device == "cpu" else device
     seeds = ", ".join(f"{kind}: {count}" for kind, count in s["students"].items()) or "none"
     timed = (
         f"sampling alone, batch {s['latency_batch']}, median of {s['latency_rounds']} rounds in turn, "
-        f"{s['threads']} threads"
+        f"{with_what}"
     )
     once = "not timed"
+    features = s.get("frechet", "random features, not comparable with FVD")
     frechet = (
         ""
-        if asks_for_looks(results) and not s.get("columns")
-        else (
-            "Frechet: random features, not comparable with FVD; real clips in the same number score "
-            f"{results['null']:.1f}. "
-        )
+        if results["null"] is None or (asks_for_looks(results) and not s.get("columns"))
+        else (f"Frechet: {features}; real clips in the same number score {results['null']:.1f}. ")
     )
+    held_out = s.get("captions_are", "captions held out from training")
     return (
-        f"{s['num_clips']} clips per sampler, captions held out from training, the same noise for all; 95 % "
+        f"{s['num_clips']} clips per sampler, {held_out}, the same noise for all; 95 % "
         f"bootstrap intervals over clips and training seeds (students: {seeds}). The teacher is guided with "
         f"w = {s['guidance_scale']:g}; a guided step is two passes. {frechet}Milliseconds: "
         f"{timed if s['latency_rounds'] else once}."

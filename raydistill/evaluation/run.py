@@ -2,28 +2,28 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from raydistill import consistency, draws, keyed, models, sampler
-from raydistill.evaluation import appearance, centroid, features, measures
+from raydistill.evaluation import appearance, centroid, features, measures, steadiness
 from raydistill.evaluation.appearance import Sign
 from raydistill.evaluation.candidates import Candidate, Lineup
 from raydistill.evaluation.features import RandomFeatures
+from raydistill.evaluation.ground import Anchor, Frames, Ground, NumpyLatents
 from raydistill.evaluation.measures import Asked
 from raydistill.evaluation.records import Record, RecordStore, source_digest
+from raydistill.evaluation.summary import CONTROL, ROUND_TRIP
 from raydistill.models.judge import Judge
 from raydistill.models.protocols import VideoCodec
 from raydistill.types import Text
 
-Frames = UInt8[np.ndarray, "n f h w 3"]
-NumpyLatents = Float[np.ndarray, "n c f h w"]
 DECODE = "decode"
 Progress = Callable[[str, int, int], None]
 """(what, clips done, clips in all)."""
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for every sampler."""
+    """The small world's ground."""
 
     asked: Asked
     text: Text
@@ -51,16 +51,46 @@ class Setting:
     """Codec, judge and real clips, for fingerprints."""
     measured: Callable[[Frames], Frames] = lambda frames: frames
     """What of a clip is measured, for samples and control alike; `real` is so already, pictures show all."""
+    device: str = "cpu"
+    """Where networks compute."""
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What a report says besides."""
 
     @property
-    def num_clips(self) -> int:
-        """Clips per sampler."""
-        return len(self.asked.captions)
+    def captions(self) -> tuple[str, ...]:
+        """One per clip."""
+        return self.asked.captions
 
-    @cached_property
+    @property
+    def num_reference(self) -> int:
+        """Real clips that distances are taken to."""
+        return len(self.real)
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Latents of one clip (c, f, h, w)."""
-        return encode(self.codec, self.control[:1]).shape[1:]
+        return self._made[0]
+
+    @property
+    def meter(self) -> "WorldMeter":
+        """Knows what the captions demand."""
+        return self._made[1]
+
+    @cached_property
+    def _made(self) -> tuple[tuple[int, ...], "WorldMeter"]:
+        return encode(self.codec, self.control[:1]).shape[1:], WorldMeter(self)
+
+    def decode(self, latents: NumpyLatents) -> Frames:
+        """Latents to clips."""
+        return decode(self.codec, latents)
+
+    def real_latents(self, indices: Sequence[int]) -> NumpyLatents:
+        """Latents of real clips."""
+        return encode(self.codec, self.control[list(indices)])
+
+    def real_frames(self, count: int) -> tuple[str, Frames]:
+        """Real clips as they were drawn."""
+        return CONTROL, self.control[:count]
 
 
 @torch.inference_mode()
@@ -74,23 +104,24 @@ def encode(codec: VideoCodec, frames: Frames, batch_size: int = 32) -> NumpyLate
 
 
 @torch.inference_mode()
-def decode(codec: VideoCodec, latents: NumpyLatents, batch_size: int = 32) -> Frames:
+def decode(codec: VideoCodec, latents: NumpyLatents, batch_size: int = 32, device: str = "cpu") -> Frames:
     """Latents to clips, rounded to bytes as a video file would be."""
+    batches = [torch.from_numpy(latents[i : i + batch_size]) for i in range(0, len(latents), batch_size)]
     parts = [
-        ((codec.decode(torch.from_numpy(latents[i : i + batch_size])) + 1) * 127.5).round().to(torch.uint8)
-        for i in range(0, len(latents), batch_size)
+        ((codec.decode(batch.to(device)) + 1) * 127.5).round().to(torch.uint8).cpu() for batch in batches
     ]
     return np.ascontiguousarray(torch.cat(parts).permute(0, 2, 3, 4, 1).numpy())
 
 
 @torch.inference_mode()
-def draw_latents(candidate: Candidate, setting: Setting, indices: Sequence[int]) -> NumpyLatents:
+def draw_latents(candidate: Candidate, setting: Ground, indices: Sequence[int]) -> NumpyLatents:
     """Sample the clips of the given numbers; what clip i is does not depend on the batch it is drawn in."""
     index = torch.as_tensor(indices)
-    noise = draws.noise(setting.seed, index, "evaluate", setting.latent_shape)
+    noise = draws.noise(setting.seed, index, "evaluate", setting.latent_shape).to(setting.device)
     again = sampler.keyed_noise(setting.seed, index)
     fields, schedule, plan = candidate.fields, candidate.schedule, candidate.plan
-    return sampler.sample(fields, schedule, plan, noise, setting.text[index], noise_at=again).numpy()
+    text = setting.text[index].to(setting.device)
+    return sampler.sample(fields, schedule, plan, noise, text, noise_at=again).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -103,18 +134,18 @@ def judge_clips(
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
-class Bench:
-    """Measures samplers one after the other, keeping each result on disk."""
+class WorldMeter:
+    """Measures clips of the small world, where every caption can be checked."""
 
-    def __init__(self, setting: Setting, store: RecordStore, progress: Progress = lambda *_: None):
+    distance = "frechet"
+
+    def __init__(self, setting: Setting):
         """Nothing is computed yet."""
-        self.setting, self.store, self.progress = setting, store, progress
+        self.setting = setting
         features = RandomFeatures(setting.batch_size)
         self.features = lambda frames: features(setting.measured(frames))
-        self.computed: list[str] = []
-        """Names of the samplers that were not found on disk."""
 
-    @cached_property
+    @property
     def real_features(self) -> Float[np.ndarray, "n d"]:
         """Of the real clips that distances are taken to."""
         return self.features(self.setting.real)
@@ -146,59 +177,21 @@ class Bench:
         seen = self.features(frames)
         return Record(empty, seen, self._values(frames, seen), passes=0, seconds_per_clip=0.0)
 
-    def run(self, lineup: Lineup) -> dict[str, Record]:
-        """Record of every candidate, by name; the teachers' anchors first: their students are compared."""
-        anchors, out, first = dict[str, _Anchor](), dict[str, Record](), lineup.anchors
-        ordered = sorted(lineup.candidates, key=lambda one: one is not first.get(one.teacher))
-        for number, candidate in enumerate(ordered):
-            title = f"[{number + 1}/{len(ordered)}] {candidate.label}"
-            record = self._record(candidate, anchors.get(candidate.teacher), title)
-            out[candidate.name] = record
-            if candidate is first.get(candidate.teacher):
-                anchors[candidate.teacher] = _Anchor(record.latents, candidate.identity, self.setting.codec)
-        return out
+    def references(self, anchor: Anchor | None) -> dict[str, Record]:
+        """Real clips, and what the codec makes of them."""
+        return {CONTROL: self.control, ROUND_TRIP: self.round_trip}
 
-    def _record(self, candidate: Candidate, anchor: "_Anchor | None", title: str) -> Record:
-        identity = {
-            "sampler": candidate.identity,
-            "anchor": anchor and anchor.identity,
-            "setting": {
-                **self.setting.identity,
-                "seed": self.setting.seed,
-                "captions": self.setting.asked.captions,
-            },
-            "code": code_digest(),
-        }
-        found = self.store.load(candidate.name, identity)
-        count = self.setting.num_clips
-        if found is not None:
-            self.progress(title, count, count)
-            return found
-        latents, seconds = self._sample(candidate, title)
-        frames = decode(self.setting.codec, latents)
+    def measure(
+        self, latents: NumpyLatents, anchor: Anchor | None
+    ) -> tuple[Float[np.ndarray, "n d"], dict[str, Float[np.ndarray, " n"]]]:
+        """Features and figures of samples."""
+        frames = self.setting.decode(latents)
         seen = self.features(frames)
         values = self._values(frames, seen)
         if anchor is not None:
             values["teacher/latent_rmse"] = measures.latent_rmse(latents, anchor.latents)
             values["teacher/psnr"] = measures.psnr(frames, anchor.frames)
-        record = Record(latents, seen, values, candidate.passes, seconds / count)
-        self.store.save(candidate.name, identity, record)
-        self.computed.append(candidate.name)
-        return record
-
-    def _sample(self, candidate: Candidate, title: str) -> tuple[NumpyLatents, float]:
-        parts, seconds, count = [], 0.0, self.setting.num_clips
-        for start in range(0, count, self.setting.batch_size):
-            self.progress(title, start, count)
-            begun = time.perf_counter()
-            parts.append(
-                draw_latents(
-                    candidate, self.setting, range(start, min(start + self.setting.batch_size, count))
-                )
-            )
-            seconds += time.perf_counter() - begun
-        self.progress(title, count, count)
-        return np.concatenate(parts), seconds
+        return seen, values
 
     def _values(self, frames: Frames, seen: Float[np.ndarray, "n d"]) -> dict[str, Float[np.ndarray, " n"]]:
         setting, frames = self.setting, self.setting.measured(frames)
@@ -226,18 +219,67 @@ class Bench:
         return values
 
 
-@dataclass
-class _Anchor:
-    """The teacher's clips that others from the same noise are compared with."""
+class Bench:
+    """Measures samplers one after the other, keeping each result on disk."""
 
-    latents: NumpyLatents
-    identity: Mapping[str, Any]
-    codec: VideoCodec
+    def __init__(self, setting: Ground, store: RecordStore, progress: Progress = lambda *_: None):
+        """Nothing is computed yet."""
+        self.setting, self.store, self.progress = setting, store, progress
+        self.anchors: dict[str, Anchor] = {}
+        """Of each teacher by name, once it was measured."""
+        self.computed: list[str] = []
+        """Names of the samplers that were not found on disk."""
 
-    @cached_property
-    def frames(self) -> Frames:
-        """Decoded when the first sampler needs them."""
-        return decode(self.codec, self.latents)
+    def run(self, lineup: Lineup) -> dict[str, Record]:
+        """Record of every candidate, by name; the teachers' anchors first: their students are compared."""
+        anchors, out, first = self.anchors, dict[str, Record](), lineup.anchors
+        turn = list(dict.fromkeys(one.needs for one in lineup.candidates))  # so that each is loaded once
+        ordered = sorted(lineup.candidates, key=lambda one: turn.index(one.needs))
+        ordered.sort(key=lambda one: one is not first.get(one.teacher))
+        for number, candidate in enumerate(ordered):
+            title = f"[{number + 1}/{len(ordered)}] {candidate.label}"
+            record = self._record(candidate, anchors.get(candidate.teacher), title)
+            out[candidate.name] = record
+            if candidate is first.get(candidate.teacher):
+                anchors[candidate.teacher] = Anchor(record.latents, candidate.identity, self.setting)
+        return out
+
+    def _record(self, candidate: Candidate, anchor: Anchor | None, title: str) -> Record:
+        identity = {
+            "sampler": candidate.identity,
+            "anchor": anchor and anchor.identity,
+            "setting": {
+                **self.setting.identity,
+                "seed": self.setting.seed,
+                "captions": self.setting.captions,
+            },
+            "code": code_digest(),
+        }
+        found = self.store.load(candidate.name, identity)
+        count = len(self.setting.captions)
+        if found is not None:
+            self.progress(title, count, count)
+            return found
+        latents, seconds = self._sample(candidate, title)
+        seen, values = self.setting.meter.measure(latents, anchor)
+        record = Record(latents, seen, values, candidate.passes, seconds / count)
+        self.store.save(candidate.name, identity, record)
+        self.computed.append(candidate.name)
+        return record
+
+    def _sample(self, candidate: Candidate, title: str) -> tuple[NumpyLatents, float]:
+        parts, seconds, count = [], 0.0, len(self.setting.captions)
+        for start in range(0, count, self.setting.batch_size):
+            self.progress(title, start, count)
+            begun = time.perf_counter()
+            parts.append(
+                draw_latents(
+                    candidate, self.setting, range(start, min(start + self.setting.batch_size, count))
+                )
+            )
+            seconds += time.perf_counter() - begun
+        self.progress(title, count, count)
+        return np.concatenate(parts), seconds
 
 
 @cache
@@ -246,10 +288,15 @@ def code_digest() -> str:
     packages = [Path(str(module.__file__)).parent for module in (consistency, models)]
     files = [
         Path(str(module.__file__))
-        for module in (sampler, draws, keyed, centroid, features, measures, appearance)
+        for module in (sampler, draws, keyed, centroid, features, measures, appearance, steadiness)
     ]
     return source_digest(
-        [*(path for folder in packages for path in folder.glob("*.py")), *files, Path(__file__)]
+        [
+            *(path for folder in packages for path in folder.glob("*.py")),
+            *files,
+            Path(__file__),
+            Path(__file__).with_name("real.py"),
+        ]
     )
 
 
@@ -269,12 +316,14 @@ def time_in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict
 
 
 def latency_calls(
-    candidates: Sequence[Candidate], setting: Setting, batch: int
+    candidates: Sequence[Candidate], setting: Ground, batch: int
 ) -> dict[str, Callable[[], object]]:
-    """One call per candidate by label, sampling `batch` clips without text and codec; one that decodes."""
-    indices = [i % setting.num_clips for i in range(batch)]
-    latents = encode(setting.codec, setting.control[indices])
-    calls: dict[str, Callable[[], object]] = {
-        one.label: partial(draw_latents, one, setting, indices) for one in candidates
-    }
-    return calls | {DECODE: partial(decode, setting.codec, latents)}
+    """One call per candidate by label, sampling `batch` clips without text and codec."""
+    indices = [i % len(setting.captions) for i in range(batch)]
+    return {one.label: partial(draw_latents, one, setting, indices) for one in candidates}
+
+
+def decode_call(setting: Ground, batch: int) -> dict[str, Callable[[], object]]:
+    """One call that decodes `batch` clips."""
+    latents = setting.real_latents([i % len(setting.captions) for i in range(batch)])
+    return {DECODE: partial(setting.decode, latents)}

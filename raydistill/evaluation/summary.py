@@ -46,9 +46,20 @@ class Row:
 class Summary:
     """Averages records; all rows are resampled with the same clips."""
 
-    def __init__(self, control: Record, real_features: np.ndarray, seed: int, num_draws: int):
-        """`control` are real clips in the samplers' number: they give the null and the scale of diversity."""
-        self.distance = FrechetDistance(real_features)
+    def __init__(
+        self,
+        control: Record,
+        real_features: np.ndarray,
+        seed: int,
+        num_draws: int,
+        distance: str | None = "frechet",
+    ):
+        """`control` are real clips in the samplers' number: they give the null and the scale of diversity.
+
+        `distance`: the measure that the distance of features is; None: it is left out.
+        """
+        self.name = distance
+        self.distance = None if distance is None else FrechetDistance(real_features)
         self.weights = intervals.clip_weights(len(control.features), seed, num_draws)
         self.seed = seed
         self.natural_spread = (
@@ -68,16 +79,17 @@ class Summary:
         return Row(first.label, first.group, first.num_steps, first.passes, seconds, times, figures)
 
     def _figures(self, records: Sequence[Record], key: str) -> dict[str, Bootstrapped]:
-        apart = [self.distance.bootstrapped(record.features, self.weights) for record in records]
-        draws = np.stack([one.draws for one in apart])
-        values = [one.value for one in apart]
-        figures = {"frechet": intervals.over_seeds(values, draws, key, apart[0].num_clips, self.seed)}
+        figures = dict[str, Bootstrapped]()
+        if self.distance is not None and self.name is not None:
+            apart = [self.distance.bootstrapped(record.features, self.weights) for record in records]
+            draws, values = np.stack([one.draws for one in apart]), [one.value for one in apart]
+            figures[self.name] = intervals.over_seeds(values, draws, key, apart[0].num_clips, self.seed)
         for name in records[0].values:
             stacked = np.stack([record.values[name] for record in records])
             if name == "diversity":
                 stacked = stacked / self.natural_spread
             figures[name] = intervals.mean(stacked, self.weights, key, self.seed)
-        return {name: replace(figure, limits=(0.0, BY_NAME[name].most)) for name, figure in figures.items()}
+        return {name: replace(figure, limits=BY_NAME[name].limits) for name, figure in figures.items()}
 
 
 def rows_of(

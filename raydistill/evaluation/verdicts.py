@@ -1,4 +1,4 @@
-"""What the small world must show, said as claims with limits, and whether the intervals bear them out."""
+"""What students must show, said as claims with limits, and whether the intervals bear them out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,14 +80,46 @@ def said(measure: str, words: str) -> str:
 class Judgement:
     """Compares rows of one table."""
 
-    def __init__(self, rows: Mapping[str, Row], anchor: Candidate | None, timings: Timings):
-        """`rows` by label; `anchor` the teacher's many-step sampler; `timings` seconds by batch and label."""
-        self.rows, self.timings = rows, timings
+    def __init__(
+        self,
+        rows: Mapping[str, Row],
+        anchor: Candidate | None,
+        timings: Timings,
+        distance: str = "frechet",
+    ):
+        """`rows` by label; `anchor` the teacher's many-step sampler; `timings` seconds by batch and label.
+
+        `distance`: the measure that is a distance between sets.
+        """
+        self.rows, self.timings, self.distance = rows, timings, distance
         self.best = anchor.label if anchor else "teacher"
 
     def all(self) -> list[Verdict]:
         """Every claim, whether or not its rows are there."""
         return [*self._dual(), *self._motion()]
+
+    def of_real(self) -> list[Verdict]:
+        """What 4 and 2 steps of a real teacher's students must show, by rows that are there.
+
+        Nearer to the teacher's clips than its own few steps, and than a plain student's: what few-step
+        distillation is for. Not asked of motion students, who take their look from elsewhere.
+        """
+        kinds = dict.fromkeys(row.group for row in self.rows.values())
+        students = [kind for kind in kinds if not is_teacher(kind) and f"{kind} 4" in self.rows]
+        near = [kind for kind in students if not kind.startswith("motion")]
+        claims = [(f"{kind} {n}", f"teacher {n}") for kind in near for n in (4, 2)]
+        claims += [(f"dual {n}", f"single {n}") for n in (4, 2) if {"dual", "single"} <= {*near}]
+        far, words = "teacher/latent_rmse", f"distance of latents to {self.best}'s"
+        out = [
+            self._apart(label, other, "less than", 0.0, far, words)
+            for label, other in claims
+            if label in self.rows and other in self.rows and other != self.best
+        ]
+        if any(self.distance in row.figures for row in self.rows.values()):
+            out += [self._frechet_ratio(f"{kind} 4", self.best, "at most", 1.1) for kind in students]
+        return out + [
+            self._faster(self.best, f"{kind} 4", batch, 10.0) for batch in self.timings for kind in students
+        ]
 
     def _motion(self) -> list[Verdict]:
         """What MCM's student must show beside the teacher of poor videos."""
@@ -136,12 +168,12 @@ class Judgement:
     ) -> Verdict:
         claim = f"{label}: Frechet over {other}'s" + (", both less real clips'" if less_null else "")
         skipped = partial(Verdict, claim, limit, side, "x", None)
-        absent = self._absent([label, other, *([CONTROL] if less_null else [])], "frechet")
+        absent = self._absent([label, other, *([CONTROL] if less_null else [])], self.distance)
         if absent:
             return skipped(absent)
-        above, below = (self.rows[name].figures["frechet"] for name in (label, other))
+        above, below = (self.rows[name].figures[self.distance] for name in (label, other))
         if less_null:
-            null = self.rows[CONTROL].figures["frechet"].value
+            null = self.rows[CONTROL].figures[self.distance].value
             above, below = (intervals.transform(f, lambda x: x - null) for f in (above, below))
             if below.estimate().low <= 0:
                 return skipped(f"{other} is not apart from real clips")
@@ -182,5 +214,5 @@ class Judgement:
 
     def _seeds(self, *labels: str) -> str:
         students = [self.rows[label] for label in labels if not is_teacher(self.rows[label].group)]
-        fewest = min(row.figures["frechet"].num_seeds for row in students)
+        fewest = min(next(iter(row.figures.values())).num_seeds for row in students)
         return f"{fewest} training seeds" if fewest > 1 else "one training seed: its own spread is not in it"

@@ -119,6 +119,55 @@ def test_students_seeds_are_named(rows):
     assert "3 training seeds" in outcomes(rows)["dual 4: all attributes right, less single 4's"].text
 
 
+def near(label, distance, steps=4):
+    """Row of a real teacher's: how far its latents are from the teacher's, with a spread of a tenth."""
+    draws = np.random.default_rng(0).normal(distance, 0.1, len(WEIGHTS))
+    figure = intervals.Bootstrapped(distance, draws, 200)
+    figures = {} if label == "teacher 50" else {"teacher/latent_rmse": figure}
+    return Row(label, label.split()[0], steps, steps, 0.01, (), figures | {"features/frechet": far(5.0)})
+
+
+def test_of_real_teachers_students_only_what_can_be_known_is_claimed():
+    listed = [near("teacher 50", 0), near("teacher 4", 0.9), near("dual 4", 0.5), near("single 4", 0.4)]
+    listed += [near("motion 4", 0.9), near("dual 2", 0.6)]
+    rows = {one.label: one for one in listed}
+    timed = {"1": {"teacher 50": [2.0, 2.0], "dual 4": [0.1, 0.1], "single 4": [0.5, 0.5]}}
+    found = Judgement(rows, Anchor(), timed, "features/frechet").of_real()
+    outcomes = {verdict.claim: verdict.outcome for verdict in found}
+    assert outcomes == {
+        "dual 4: distance of latents to teacher 50's, less teacher 4's": "held",
+        "single 4: distance of latents to teacher 50's, less teacher 4's": "held",
+        "dual 4: distance of latents to teacher 50's, less single 4's": "not held",
+        "dual 4: Frechet over teacher 50's": "held",
+        "single 4: Frechet over teacher 50's": "held",
+        "motion 4: Frechet over teacher 50's": "held",
+        "latency of teacher 50 over dual 4, batch 1": "held",
+        "latency of teacher 50 over single 4, batch 1": "not held",
+        "latency of teacher 50 over motion 4, batch 1": "skipped",
+    }
+    for one in rows.values():
+        one.figures.pop("features/frechet")
+    claims = [one.claim for one in Judgement(rows, Anchor(), {}, "features/frechet").of_real()]
+    assert claims == list(outcomes)[:3]
+
+
+def test_large_and_long_clips_are_shown_smaller_and_shorter():
+    """Of the same shape, from the first frame to the last; small ones stay as they are."""
+    brightness = np.arange(81, dtype=np.uint8)[None, :, None, None, None]
+    shown = pictures.reduced(np.broadcast_to(brightness, (2, 81, 60, 256, 3)))
+    assert shown.shape == (2, 24, 30, 128, 3)
+    assert shown[1, :, 0, 0, 0].tolist() == np.linspace(0, 80, 24).round().tolist()
+    halves = np.zeros((1, 1, 4, 512, 3), np.uint8)
+    halves[..., ::2, :] = 200
+    assert np.unique(pictures.reduced(halves)).tolist() == [100]
+    small = np.random.default_rng(0).integers(0, 256, (2, 16, 32, 48, 3), np.uint8)
+    assert (pictures.reduced(small) == small).all()
+    strips = pictures.draw_strips(
+        {"dual 4": pictures.reduced(np.zeros((1, 8, 480, 832, 3), np.uint8))}, ["a"]
+    )
+    assert Image.open(io.BytesIO(strips)).size[0] < 4 * 128 + 200
+
+
 @pytest.fixture
 def results(rows):
     return {
@@ -172,7 +221,9 @@ def test_how_frames_look_is_drawn_where_it_is_asked(results):
     figure = {"value": 0.3, "low": 0.2, "high": 0.4}
     rows = [{**row, "figures": {**row["figures"], "watermark": figure}} for row in results["rows"]]
     assert plots.draw_quality(rows) == plots.draw_quality(results["rows"])
-    assert plots.draw_quality(rows, looks=True) != plots.draw_quality(results["rows"], looks=True)
+    assert plots.draw_quality(rows, panels=plots.LOOKS) != plots.draw_quality(
+        results["rows"], panels=plots.LOOKS
+    )
 
 
 def test_page_escapes_what_it_did_not_write(results):
