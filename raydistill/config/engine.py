@@ -34,7 +34,7 @@ class RoleConfig:
     """What ZeRO divides of it, 0 to 3; null: as engine.zero_stage. A small critic gathers much and saves
     little at 3."""
     offload_optimizer: bool | None = None
-    """Keep its optimizer states in host memory; null: as engine.offload_optimizer."""
+    """Keep its optimizer states in host memory; null: as engine.offload_optimizer, where its stage allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,9 @@ class EngineConfig:
         """ZeRO's stage, offload and precision of a role. All but the token critic compute in float32."""
         own: RoleConfig = getattr(self, role)
         zero_stage = self.zero_stage if own.zero_stage is None else own.zero_stage
-        offload = self.offload_optimizer if own.offload_optimizer is None else own.offload_optimizer
+        offload = own.offload_optimizer
+        if offload is None:
+            offload = self.offload_optimizer and zero_stage > 0
         return zero_stage, offload, self.precision if role == "critic" else "fp32"
 
     def _check(self, key: str, zero_stage: int, offload: bool, precision: str) -> None:

@@ -83,6 +83,7 @@ class Averages:
         """Read them back, on any number of ranks and at any ZeRO stage."""
         parts = Parts(folder)
         for kind, (engine, slow) in self.copies.items():
+            parts.require({name: engine.shapes[name] for name in slow.weights}, kind)
             for name in slow.weights:
                 slow.take(engine, name, parts.get(kind, name))
             slow.publish()

@@ -78,7 +78,7 @@ class DeepSpeedEngine:
         device = next(iter(self.trainable_parameters.values())).device
         self._deepspeed = load_deepspeed(device)
         join_process_group(device)
-        self._shapes = {n: whole_shape(p) for n, p in self.trainable_parameters.items()}
+        self.shapes = {n: whole_shape(p) for n, p in self.trainable_parameters.items()}
         self.steps = 0
         self.grad_norm: float | None = None
         self._optimizer_config, self._num_steps = optimizer, num_steps
@@ -86,7 +86,7 @@ class DeepSpeedEngine:
         # At ZeRO 1 to 3 it works on a few flat tensors: torch's way for one takes twice the memory.
         flat = config.zero_stage > 0
         self._adamw = build_adamw(self.trainable_parameters.values(), optimizer, foreach=flat)
-        num_weights = sum(shape.numel() for shape in self._shapes.values())
+        num_weights = sum(shape.numel() for shape in self.shapes.values())
         sizes = {"accumulation": accumulation, "num_weights": num_weights}
         json = deepspeed_config(config, optimizer, device=device, **sizes)
         with redirect_stdout(StringIO()):  # some stages print their memory whatever the log level
@@ -159,7 +159,7 @@ class DeepSpeedEngine:
         """Put a whole tensor of a parameter's shape together from all ranks' shares, on its device."""
         if not self.divided:
             return share
-        shape, device = self._shapes[name], self.trainable_parameters[name].device
+        shape, device = self.shapes[name], self.trainable_parameters[name].device
         whole = torch.empty(rank_and_size()[1] * share.numel(), dtype=share.dtype, device=device)
         dist.all_gather_into_tensor(whole, share.to(device).contiguous())
         return whole[: shape.numel()].view(shape)
@@ -176,7 +176,7 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Read them back, on any number of ranks and at any ZeRO stage."""
         parts = Parts(folder)
-        parts.require(self._shapes)
+        parts.require(self.shapes)
         if parts.step:
             for flat in self._flat_masters():
                 adamw_state(self._adamw, flat, parts.step)
@@ -248,11 +248,10 @@ def whole_shape(parameter: Any) -> torch.Size:
 
 def share_of(parameter: Any, whole: Tensor) -> Tensor:
     """Cut this rank's part, flat and padded, of a tensor shaped as a parameter that ZeRO 3 divides."""
-    rank, world_size = rank_and_size()
     length = parameter.ds_tensor.numel()
-    padded = whole.new_zeros(length * world_size)
-    padded[: whole.numel()] = whole.flatten()
-    return padded.narrow(0, rank * length, length)
+    start = rank_and_size()[0] * length
+    share = whole.flatten()[start : start + length]
+    return torch.nn.functional.pad(share, (0, length - share.numel()))
 
 
 def load_deepspeed(device: torch.device) -> Any:

@@ -25,8 +25,9 @@ class Cutter:
     All ranks hand over the same ones in the same order, and all get rank 0's numbers.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, *, offload: bool = False):
-        self._deepspeed, self._config = load_deepspeed(device), frozen_config(dtype, device, offload)
+    def __init__(self, config: dict[str, Any], device: torch.device):
+        """With DeepSpeed's JSON of whoever takes the network: `frozen_config`, or that of an engine."""
+        self._deepspeed, self._config = load_deepspeed(device), config
         join_process_group(device)
         self._first: Any = None
 

@@ -9,6 +9,7 @@ workers, and a moment is one of these:
 * at ZeRO 3, layers that are fetched ahead for their passes, each twice while it is put together.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,18 @@ from raydistill.experts.engine_json import deepspeed_config
 
 WHOLE_REDUCTION = 500_000_000
 """Elements that DeepSpeed reduces at once where no bucket is set: at ZeRO 0, and at ZeRO 1 in bfloat16."""
+
+
+Zero = Mapping[str, Any]
+"""DeepSpeed's section `zero_optimization`."""
+_DEFAULTS = {
+    "reduce_bucket_size": WHOLE_REDUCTION,
+    "sub_group_size": 1_000_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ def holding(net: nn.Module, how: EngineConfig, workers: int) -> Holding:
     if how.zero_stage == 0:
         whole = 4 * min(trained, WHOLE_REDUCTION + of.largest)
         return Holding(4 * trained, 8 * trained, 4 * trained + whole, 4 * trained + 8 * of.largest)
-    found = {1: _zero_1, 2: _zero_2, 3: _zero_3}[how.zero_stage](of, how, int(zero["reduce_bucket_size"]))
+    found = {1: _zero_1, 2: _zero_2, 3: _zero_3}[how.zero_stage](of, how, zero)
     return _with_gathered(found, net, of, zero) if how.zero_stage == 3 and workers > 1 else found
 
 
@@ -96,13 +109,13 @@ def _plain(of: _Sizes) -> Holding:
     )
 
 
-def _zero_1(of: _Sizes, how: EngineConfig, bucket: int) -> Holding:
+def _zero_1(of: _Sizes, how: EngineConfig, zero: Zero) -> Holding:
     """Gradients are whole. In bfloat16 DeepSpeed has another optimizer at work, unless it is offloaded."""
     if of.bytes == 2 and not how.offload_optimizer:
         gradients = 6 * of.trained
         reduction = gradients + 2 * min(of.trained, WHOLE_REDUCTION + of.largest)
         return Holding(gradients, 12 * of.share, reduction, gradients + 4 * of.share)
-    size = 4 * min(bucket, -(-of.trained // 4096) * 4096)
+    size = 4 * min(_limit(zero, "reduce_bucket_size"), -(-of.trained // 4096) * 4096)
     gradients = 4 * of.trained + size
     if not how.offload_optimizer:
         return Holding(gradients, 12 * of.share, gradients, 8 * of.share)
@@ -114,9 +127,9 @@ def _zero_1(of: _Sizes, how: EngineConfig, bucket: int) -> Holding:
     return Holding(gradients + largest, 0, reduction, 4 * of.share + left + largest, host=host)
 
 
-def _zero_2(of: _Sizes, how: EngineConfig, bucket: int) -> Holding:
+def _zero_2(of: _Sizes, how: EngineConfig, zero: Zero) -> Holding:
     """A bucket is copied to be reduced; the worker's share stays."""
-    size = bucket * of.bytes
+    size = _limit(zero, "reduce_bucket_size") * of.bytes
     if how.offload_optimizer:
         # In float32 gradients of earlier micro-batches are in host memory, too.
         gradients = size + of.bytes * of.largest + (4 * of.share if of.bytes == 2 else 0)
@@ -132,29 +145,28 @@ def _offloaded(of: _Sizes) -> int:
     return 20 * of.share + of.bytes * (of.share + of.largest)
 
 
-def _zero_3(of: _Sizes, how: EngineConfig, bucket: int) -> Holding:
+def _zero_3(of: _Sizes, how: EngineConfig, zero: Zero) -> Holding:
     """The bucket and the worker's gradients stay between steps."""
+    bucket = _limit(zero, "reduce_bucket_size")
     size = bucket * of.bytes
-    gradients = 4 * of.share + size
     received = 4 * -(-bucket // of.workers) if of.bytes == 2 else 0
+    if how.offload_optimizer:  # gradients as well
+        return Holding(size, 0, 2 * size + received, size, host=24 * of.share)
+    gradients = 4 * of.share + size
     reduction = gradients + size + received
-    if how.offload_optimizer:
-        return Holding(gradients, 0, reduction, gradients, host=20 * of.share)
-    group = min(of.share, 1_000_000_000 + of.largest)  # sub_group_size
+    group = min(of.share, _limit(zero, "sub_group_size") + of.largest)
     return Holding(gradients, 12 * of.share, reduction, gradients + 8 * group)
 
 
-def _with_gathered(found: Holding, net: nn.Module, of: _Sizes, zero: dict[str, Any]) -> Holding:
+def _with_gathered(found: Holding, net: nn.Module, of: _Sizes, zero: Zero) -> Holding:
     """Add what is whole at a time, by the settings that `deepspeed_config` makes."""
-    limit = {key: int(zero[f"stage3_{key}"]) for key in _LIMITS}
+    threshold, prefetch, live, reuse = (_limit(zero, f"stage3_{name}") for name in _LIMITS)
     counts = [p.numel() for p in net.parameters()]
-    small = sum(c for c in counts if c <= limit["param_persistence_threshold"])
+    small = sum(c for c in counts if c <= threshold)
     whole = sum(counts)
     layer = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in net.modules())
-    ahead = min(limit["max_live_parameters"], limit["prefetch_bucket_size"]) and (
-        min(whole, limit["max_live_parameters"]) + min(whole, limit["prefetch_bucket_size"]) + layer
-    )
-    kept = min(limit["max_reuse_distance"], whole) + layer if limit["max_reuse_distance"] else 0
+    ahead = min(whole, live) + min(whole, prefetch) + layer if min(live, prefetch) else 0
+    kept = min(reuse, whole) + layer if reuse else 0
     gathered = small + max(2 * layer, min(ahead, 2 * whole), kept)
     return Holding(
         found.gradients,
@@ -165,6 +177,12 @@ def _with_gathered(found: Holding, net: nn.Module, of: _Sizes, zero: dict[str, A
         of.bytes * min(gathered, 2 * whole),
         found.host,
     )
+
+
+def _limit(zero: Zero, name: str) -> int:
+    """A setting's number; DeepSpeed's own where it is left out or "auto"."""
+    value = zero.get(name)
+    return int(value) if isinstance(value, int | float) else _DEFAULTS[name]
 
 
 _LIMITS = ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")

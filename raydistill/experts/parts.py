@@ -60,9 +60,9 @@ class Parts:
             )
         self.step: int = steps.pop()
 
-    def require(self, shapes: dict[str, torch.Size]) -> None:
-        """Compare names and shapes of the weights with the module's. Raises IncompatibleCheckpoint."""
-        prefix = f"{KINDS[0]}/"
+    def require(self, shapes: dict[str, torch.Size], kind: str = KINDS[0]) -> None:
+        """Compare names and shapes of one kind with the module's. Raises IncompatibleCheckpoint."""
+        prefix = f"{kind}/"
         kept = {k.removeprefix(prefix): tuple(f.get_slice(k).get_shape()) for k, f in self._files.items()
                 if k.startswith(prefix)}  # fmt: skip
         wanted = {name: tuple(shape) for name, shape in shapes.items()}

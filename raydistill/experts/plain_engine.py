@@ -69,6 +69,7 @@ class TorchEngine:
     ):
         self.module = module if precision == "fp32" else cast_parameters(module, torch.bfloat16)
         self.trainable_parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.shapes = {n: p.shape for n, p in self.trainable_parameters.items()}
         self.dtype = next(iter(self.trainable_parameters.values())).dtype
         self.steps = 0
         self.grad_norm: float | None = None
@@ -136,7 +137,7 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         """Read them back. Raises IncompatibleCheckpoint."""
         parts = Parts(folder)
-        parts.require({n: p.shape for n, p in self.trainable_parameters.items()})
+        parts.require(self.shapes)
         for name, master in self._masters.items():
             master.data.copy_(parts.get("weight", name))
             if parts.step:

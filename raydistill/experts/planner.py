@@ -275,8 +275,6 @@ def _roles(config: DistillConfig, stage: Stage, teacher: nn.Module) -> Iterator[
     )
     if engine.backend == "deepspeed" and engine.zero_stage == 3:
         kept //= workers
-        if engine.offload_optimizer:  # it is where the masters are
-            student, kept = replace(student, host=student.host + kept), 0
     yield replace(student, averages=target + kept)
     if stage.target is not None and stage.target.net is not None:
         yield _frozen("target", stage.target.net, seen)
@@ -324,9 +322,13 @@ def _divided(role: RoleMemory, config: DistillConfig, stage: Stage, net: nn.Modu
         checkpointed = config.engine.activation_checkpointing
         kept = max(count(block, True) for block in blocks) if checkpointed else count(net, True)
     whole = count(net, True)
-    share = whole // config.scale.num_workers
-    here, host = (0, share) if config.engine.offload_teacher else (share, 0)
-    return replace(role, weights=role.weights - whole + here, gathered=layer + kept, host=host)
+    workers = config.scale.num_workers
+    if not config.engine.offload_teacher:
+        return replace(role, weights=role.weights - whole + whole // workers, gathered=layer + kept)
+    shares = [size * -(-p.numel() // workers) for p in net.parameters()]
+    if config.scale.use_gpu:  # pinned, for which torch rounds each up to a power of two
+        shares = [1 << (share - 1).bit_length() for share in shares]
+    return replace(role, weights=role.weights - whole, gathered=layer + kept, host=sum(shares))
 
 
 def _trained(name: str, net: nn.Module, how: EngineConfig, workers: int, seen: set[int]) -> RoleMemory:

@@ -27,6 +27,8 @@ class Engine(Protocol):
     """For forward passes. Its parameters may be shards; `masters` gives whole ones."""
     trainable_parameters: dict[str, nn.Parameter]
     """By name, in a fixed order."""
+    shapes: dict[str, torch.Size]
+    """Of the whole trainable parameters, by name."""
     dtype: torch.dtype
     """Of the module's weights; inputs must be cast to it."""
     steps: int

@@ -17,7 +17,7 @@ from raydistill.experts.averages import Averages, SlowCopy, follow, kept_average
 from raydistill.experts.checkpoint import AVERAGES
 from raydistill.experts.companions import Companion, build_companions
 from raydistill.experts.engine import build_engine
-from raydistill.experts.frozen import Cutter, Shards, copy_whole
+from raydistill.experts.frozen import Cutter, Shards, copy_whole, frozen_config
 from raydistill.experts.protocols import Engine, Saved
 from raydistill.experts.semantic import Networks, Segment
 from raydistill.models.casting import cast_parameters
@@ -213,7 +213,7 @@ def _freeze_teacher(
         frozen = given.teacher.requires_grad_(False).eval()
         cast_parameters(frozen, dtype)
     else:
-        take = {"take": Cutter(dtype, device, offload=offload)} if sharded else {}
+        take = {"take": Cutter(frozen_config(dtype, device, offload), device)} if sharded else {}
         frozen = given.load(dtype=dtype, device=device, **take)
     return frozen, Shards(frozen, offload=offload) if sharded else None
 

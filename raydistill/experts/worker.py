@@ -14,6 +14,7 @@ from raydistill.config.distill import DistillConfig
 from raydistill.config.load import dump
 from raydistill.experts import checkpoint
 from raydistill.experts.checkpoint import AVERAGES, STUDENT
+from raydistill.experts.engine_json import deepspeed_config
 from raydistill.experts.frozen import Cutter, write
 from raydistill.experts.launch import Worker
 from raydistill.experts.loop import distill
@@ -133,9 +134,11 @@ def _build(run: Run, worker: Worker) -> Stage:
     # Tensor by tensor: nothing of it is held twice, nor in the machine's memory beside the device's.
     dtype, device, take = torch.float32, torch.device(worker.device), dict[str, Any]()
     if config.student_in_shards:
-        # As an engine would cast it, masters included.
+        # As its engine would cast it, masters included, and by the engine's own settings.
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else dtype
-        take = {"take": Cutter(dtype, device)}
+        optimizer = config.stage(worker.stage).optimizer
+        json = deepspeed_config(config.engine, optimizer, accumulation=1, num_weights=1, device=device)
+        take = {"take": Cutter(json, device)}
     network = load_frozen(*where, dtype=dtype, device=device, **take)
     semantic = None
     if run.semantic:

@@ -162,7 +162,8 @@ def passes(folders, inputs):
 
 def most_while_loading(folder, dtype):
     """Bytes that came with loading a teacher into shards: the most at once, and what stays."""
-    cut, seen = Cutter(dtype, torch.device("cpu")), []
+    cpu = torch.device("cpu")
+    cut, seen = Cutter(frozen_module.frozen_config(dtype, cpu, False), cpu), []
     gc.collect()
     gc.freeze()  # what is there already is many objects, and none of them counts
 

@@ -4,7 +4,7 @@ import numpy as np
 import pipeline_cases
 import pytest
 from gloo_ranks import run_ranks
-from student_cases import CASES, both_ways, taken_up
+from student_cases import CASES, every_case, taken_up
 
 from raydistill.config.distill import DistillConfig, TargetConfig
 from raydistill.config.engine import EngineConfig
@@ -22,9 +22,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(place):
-    cases = list(CASES)
-    halves = [run_ranks(both_ways, 2, *place, some) for some in (cases[:2], cases[2:])]
-    return [one | other for one, other in zip(*halves, strict=True)]
+    ways = [run_ranks(every_case, 2, *place, apart) for apart in (False, True)]
+    return [whole | apart for whole, apart in zip(*ways, strict=True)]
 
 
 def same(found, expected):
@@ -42,6 +41,14 @@ def test_checkpoints_are_the_same_bit_for_bit(ranks, case):
         kept = CASES[case].get("average_decay") != 0.0
         assert any(name.startswith("averages/average/") for name in expected) == kept
         same(apart[stage], expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_worker_reads_half_of_the_student(ranks, case):
+    for rank in ranks:
+        for apart in (False, True):
+            for part, *_ in rank[case, apart][1].values():
+                assert part == pytest.approx(0.5 if apart else 1.0, rel=0.02)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -96,13 +96,16 @@ def test_each_trained_network_may_have_its_own():
     assert [found[role].offload_optimizer for role in TRAINED_BESIDE] == [True, False, True]
     assert [found[role].precision for role in TRAINED_BESIDE] == ["bf16", "fp32", "fp32"]
     assert not any(one.shard_teacher for one in found.values())
+    whole = EngineConfig(zero_stage=3, offload_optimizer=True, critic=RoleConfig(zero_stage=0))
+    assert not whole.of("critic").offload_optimizer
 
 
 @pytest.mark.parametrize(
     ("given", "key"),
     [
         (["engine.critic.zero_stage=4"], "engine.critic.zero_stage"),
-        (["engine.offload_optimizer=true", "engine.critic.zero_stage=0"], "engine.critic.offload_optimizer"),
+        (["engine.critic.offload_optimizer=true", "engine.critic.zero_stage=0"],
+         "engine.critic.offload_optimizer"),
         (["engine.precision=bf16", "engine.critic.zero_stage=0"], "engine.precision"),
         (["engine.motion_head.offload_optimizer=true", "engine.backend=torch"],
          "engine.motion_head.offload_optimizer"),

@@ -14,8 +14,6 @@ from raydistill.errors import InvalidValue, StaleArtifact
 from raydistill.evaluation import pictures
 from raydistill.evaluation.build import build_report
 from raydistill.evaluation.candidates import build_lineup
-from raydistill.evaluation.records import RecordStore
-from raydistill.evaluation.run import Bench
 
 job = load_job("evaluate")
 
@@ -71,7 +69,7 @@ def test_real_clips_measure_the_same_at_both_sizes(small, config, tmp_path):
     assert [one.control.shape[1:] for one in settings] == [(16, 32, 32, 3), (16, 64, 64, 3)]
     assert settings[1].latent_shape == (4, 16, 8, 8)
     assert [one.real.shape[2] for one in settings] == [32, 32]
-    records = [Bench(one, RecordStore(tmp_path)).control for one in settings]
+    records = [one.meter.control for one in settings]
     values, large = (record.values for record in records)
     assert large["path/direction"].all()
     assert large["path/speed_error"].max() < 0.06
