@@ -111,6 +111,7 @@ def require_size(config: EvaluateConfig, latent_shape: tuple[int, ...]) -> None:
             card, _ = read_card(Path(folder))
         except MissingArtifact:
             continue  # skipped later, with its reason
+        card.require_word_vectors()
         if tuple(card.latent_shape) != latent_shape:
             raise StaleArtifact(
                 f"{folder} makes latents {tuple(card.latent_shape)}, clips of size={config.size} have "

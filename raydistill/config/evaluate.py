@@ -160,6 +160,8 @@ class EvaluateConfig:
             for name in ("features", "device", "precision", "guidance_scale_2"):
                 if (value := getattr(self, name)) != (plain := getattr(type(self), name)):
                     raise InvalidValue(name, value, f"{plain!r} without data: it is for real teachers")
+        elif self.judge != type(self).judge:
+            raise InvalidValue("judge", self.judge, "left out with data: it knows the small world alone")
         elif self.size != 32:
             raise InvalidValue(
                 "size", self.size, "32 with data: clips have the size that they were prepared in"

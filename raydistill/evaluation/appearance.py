@@ -37,12 +37,15 @@ def watermark(frames: Frames, sign: Sign) -> PerClip:
 
 
 def log_spectrum(frames: Frames) -> Float[np.ndarray, "n radii"]:
-    """Log power by spatial frequency, averaged over frames, colours and directions; the mean is left out."""
+    """Log power by cycles per pixel, averaged over frames, colours and directions; the mean is left out.
+
+    In as many rings as half of the shorter side has pixels, up to half a cycle.
+    """
     x = frames.astype(np.float32) / 255
     h, w = x.shape[2:4]
     power = np.abs(np.fft.fft2(x, axes=(2, 3))).astype(np.float64) ** 2 / (h * w)
     power = power.mean(axis=(1, 4)).reshape(len(x), -1)
-    along = [np.fft.fftfreq(size) * size for size in (h, w)]
+    along = [np.fft.fftfreq(size) * min(h, w) for size in (h, w)]
     radius = np.rint(np.hypot(along[0][:, None], along[1][None])).astype(int).ravel()
     last = min(h, w) // 2
     rings = np.stack([power[:, radius == k].mean(axis=1) for k in range(1, last + 1)], axis=1)

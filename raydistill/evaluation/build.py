@@ -104,7 +104,8 @@ def _timings(
     if not how.rounds:
         return {}
     samplers = [[one.label, one.identity] for one in lineup.firsts]
-    which = [samplers, how.rounds, how.batches, how.threads, platform.node(), code_digest()]
+    machine = (platform.node(), gpu_of(config.device))
+    which = [samplers, how.rounds, how.batches, how.threads, *machine, code_digest()]
     place = folder / f"latency-{fingerprint([which, dict(setting.identity)])[:16]}.json"
     try:
         return json.loads(place.read_text(encoding="utf-8"))
@@ -119,6 +120,11 @@ def _timings(
         torch.set_num_threads(config.threads)
         write_json(place, timings)
         return timings
+
+
+def gpu_of(device: str) -> str:
+    """Name of a GPU; empty for a CPU."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
 
 
 def _timed(
@@ -181,7 +187,7 @@ def _settings(config: EvaluateConfig, setting: Ground, lineup: Lineup) -> dict[s
         "setting": dict(setting.identity),
         "code": code_digest()[:16],
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "machine": ", ".join(filter(None, (platform.machine(), platform.system(), gpu_of(config.device)))),
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,8 @@ class RealSetting:
         return decode(self.codec, latents, batch_size=1, device=self.device)
 
     def real_latents(self, indices: Sequence[int]) -> NumpyLatents:
-        """Latents as they were prepared. Raises StaleArtifact for clips of several sizes."""
-        rows = [row.latents for row in self.store.rows(indices)]
-        if len({row.shape for row in rows}) > 1:
-            raise StaleArtifact(f"{self.store.folder} holds clips of several sizes: prepare them with one")
-        return np.stack(rows)
+        """Latents as they were prepared."""
+        return np.stack([row.latents for row in self.store.rows(indices)])
 
     def real_frames(self, count: int) -> tuple[str, Frames]:
         """Real clips as the codec gives them back: the pixels before it are not kept."""
@@ -217,14 +215,17 @@ def make_real(config: EvaluateConfig) -> tuple[RealSetting, Lineup]:
     store.require_codec(digest)
     rows = store.rows(range(count))
     latents, text = rows[0].latents.shape, rows[0].text.shape
+    if any(row.latents.shape != latents for row in rows):
+        raise StaleArtifact(f"{config.data} holds clips of several sizes: prepare them with one")
     for folder in (config.teacher, *config.more_teachers.values()):
         require_fit(folder, latents, text)
     codec = load_codec(config.codec).to(config.device)
     if codec.num_frames(latents[1]) < FEWEST_FRAMES:
         raise TooFewFrames(f"{config.data} holds {codec.num_frames(latents[1])} frames a clip: name videos")
     lineup = build_lineup(config, null_of(store), text_identity(store))
-    network, features = _network(config)
-    skipped = _skipped(config, network, rest := len(store) - count)
+    _require_clips(config, latents)
+    network, features, why = _network(config)
+    skipped = _skipped(config, network, why, rest := len(store) - count)
     if config.strict and config.features and skipped[1:]:
         raise MissingArtifact("; ".join(one.reason for one in skipped[1:]))
     setting = RealSetting(
@@ -249,6 +250,19 @@ def make_real(config: EvaluateConfig) -> tuple[RealSetting, Lineup]:
     return setting, replace(lineup, skipped=(*skipped, *lineup.skipped))
 
 
+def _require_clips(config: EvaluateConfig, latents: tuple[int, ...]) -> None:
+    """Refuse students of clips of another size: a network would take any, and give figures of nothing."""
+    for folder in chain.from_iterable(config.students.values()):
+        if not (Path(folder) / CARD).is_file():
+            continue  # skipped later, with its reason
+        made = tuple(read_card(Path(folder))[0].latent_shape)
+        if made != tuple(latents):
+            raise StaleArtifact(
+                f"{folder} makes latents {made}, {config.data} has {tuple(latents)}: prepare clips of the "
+                "frames and size that it was trained on"
+            )
+
+
 def _require_device(name: str) -> None:
     """Raise InvalidValue for a device that torch does not know or find."""
     try:
@@ -257,33 +271,32 @@ def _require_device(name: str) -> None:
         raise InvalidValue("device", name, f"cpu, or one that torch finds here: {missing}") from missing
 
 
-def _network(config: EvaluateConfig) -> tuple[FrameEmbedding | None, str]:
-    """Load the network for features; return it with what stands for it in fingerprints.
+def _network(config: EvaluateConfig) -> tuple[FrameEmbedding | None, str, str]:
+    """Load the network for features; return it, what stands for it in fingerprints, and why there is none.
 
     Raises StaleArtifact for another digest than is asked for, and, where config.strict, MissingArtifact.
     """
     if not config.features:
-        return None, "absent"
+        return None, "absent", "none named, features=FOLDER"
     try:
         network = load_embedding(config.features).to(config.device)
-    except MissingArtifact:
+    except MissingArtifact as missing:
         if config.strict:
             raise
-        return None, "absent"
+        return None, "absent", str(missing)
     found = model_digest(Path(config.features))
     if config.features_digest not in ("", found):
         raise StaleArtifact(
             f"{config.features} has the digest {found}, not features_digest={config.features_digest}"
         )
-    return network, found
+    return network, found, ""
 
 
-def _skipped(config: EvaluateConfig, network: FrameEmbedding | None, rest: int) -> list[Skipped]:
+def _skipped(config: EvaluateConfig, network: FrameEmbedding | None, why: str, rest: int) -> list[Skipped]:
     """What is not measured, and why; `rest`: clips of the data that are not sampled."""
     known = "attributes, paths, watermark"
     out = [Skipped(known, "nobody knows what these captions demand: figures of the small world alone")]
     if network is None:
-        why = f"no network at {config.features}" if config.features else "none named, features=FOLDER"
         return [*out, Skipped("Frechet distance and likeness of captions", why)]
     if rest < config.num_clips:
         why = f"{config.num_clips} further clips or more are needed for the reference, the data has {rest}"

@@ -114,14 +114,14 @@ def _escape(text: str) -> str:
 def footnote(results: Results) -> str:
     """Say what the numbers stand on."""
     s = results["settings"]
-    device = s.get("device", "cpu")
+    device, small = s.get("device", "cpu"), "device" not in s
     with_what = f"{s['threads']} threads" if device == "cpu" else device
     seeds = ", ".join(f"{kind}: {count}" for kind, count in s["students"].items()) or "none"
     timed = (
-        f"sampling alone, batch {s['latency_batch']}, median of {s['latency_rounds']} rounds in turn, "
-        f"{with_what}"
+        f"sampling alone, batch {s['latency_batch']}, median of {s['latency_rounds']} rounds, "
+        f"{with_what}, {'samplers in turn' if small else 'one set of networks after the other'}"
     )
-    once = "not timed"
+    once, twice = "not timed", "; a guided step is two passes" if small else ""
     features = s.get("frechet", "random features, not comparable with FVD")
     frechet = (
         ""
@@ -132,7 +132,7 @@ def footnote(results: Results) -> str:
     return (
         f"{s['num_clips']} clips per sampler, {held_out}, the same noise for all; 95 % "
         f"bootstrap intervals over clips and training seeds (students: {seeds}). The teacher is guided with "
-        f"w = {s['guidance_scale']:g}; a guided step is two passes. {frechet}Milliseconds: "
+        f"w = {s['guidance_scale']:g}{twice}. {frechet}Milliseconds: "
         f"{timed if s['latency_rounds'] else once}."
     )
 

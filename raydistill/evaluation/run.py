@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from raydistill import consistency, draws, keyed, models, sampler
+from raydistill import consistency, draws, keyed, models, sampler, student
 from raydistill.evaluation import appearance, centroid, features, measures, steadiness
 from raydistill.evaluation.appearance import Sign
 from raydistill.evaluation.candidates import Candidate, Lineup
@@ -106,11 +106,14 @@ def encode(codec: VideoCodec, frames: Frames, batch_size: int = 32) -> NumpyLate
 @torch.inference_mode()
 def decode(codec: VideoCodec, latents: NumpyLatents, batch_size: int = 32, device: str = "cpu") -> Frames:
     """Latents to clips, rounded to bytes as a video file would be."""
-    batches = [torch.from_numpy(latents[i : i + batch_size]) for i in range(0, len(latents), batch_size)]
-    parts = [
-        ((codec.decode(batch.to(device)) + 1) * 127.5).round().to(torch.uint8).cpu() for batch in batches
-    ]
-    return np.ascontiguousarray(torch.cat(parts).permute(0, 2, 3, 4, 1).numpy())
+    out: Frames = np.zeros((len(latents), 0, 0, 0, 3), np.uint8)
+    for i in range(0, len(latents), batch_size):
+        pixels = codec.decode(torch.from_numpy(latents[i : i + batch_size]).to(device))
+        frames = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+        if not i:  # at once: clips of a real model are large
+            out = np.empty((len(latents), *frames.shape[1:]), np.uint8)
+        out[i : i + batch_size] = frames
+    return out
 
 
 @torch.inference_mode()
@@ -269,6 +272,8 @@ class Bench:
 
     def _sample(self, candidate: Candidate, title: str) -> tuple[NumpyLatents, float]:
         parts, seconds, count = [], 0.0, len(self.setting.captions)
+        for jump in candidate.plan.jumps:
+            _ = candidate.fields[jump.expert]  # loaded now, not while the clock runs
         for start in range(0, count, self.setting.batch_size):
             self.progress(title, start, count)
             begun = time.perf_counter()
@@ -295,7 +300,8 @@ def code_digest() -> str:
             *(path for folder in packages for path in folder.glob("*.py")),
             *files,
             Path(__file__),
-            Path(__file__).with_name("real.py"),
+            *(Path(__file__).with_name(name) for name in ("real.py", "networks.py", "ground.py")),
+            Path(str(student.__file__)),
         ]
     )
 

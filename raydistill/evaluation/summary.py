@@ -29,6 +29,8 @@ class Row:
     times: tuple[float, ...]
     """Where each jump starts, and 0: the plan's times."""
     figures: Mapping[str, Bootstrapped]
+    teacher: str = "teacher"
+    """Name of the teacher that a student is compared with."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for results.json."""
@@ -76,7 +78,8 @@ class Summary:
         times = (*(one.t for one in first.plan.jumps), 0.0)
         seconds = float(np.mean([record.seconds_per_clip for record in records]))
         figures = self._figures(records, first.group)
-        return Row(first.label, first.group, first.num_steps, first.passes, seconds, times, figures)
+        place = (first.label, first.group, first.num_steps, first.passes, seconds, times)
+        return Row(*place, figures, first.teacher)
 
     def _figures(self, records: Sequence[Record], key: str) -> dict[str, Bootstrapped]:
         figures = dict[str, Bootstrapped]()

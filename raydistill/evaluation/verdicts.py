@@ -9,7 +9,7 @@ from raydistill.evaluation import intervals
 from raydistill.evaluation.candidates import TWO_PASSES, Candidate, is_teacher
 from raydistill.evaluation.intervals import Bootstrapped, Estimate
 from raydistill.evaluation.measures import ALL_RIGHT, BY_NAME
-from raydistill.evaluation.summary import CONTROL, Row
+from raydistill.evaluation.summary import CONTROL, ROUND_TRIP, Row
 
 Side = Literal["at most", "at least", "more than", "less than"]
 Timings = Mapping[str, Mapping[str, Sequence[float]]]
@@ -104,7 +104,8 @@ class Judgement:
         Nearer to the teacher's clips than its own few steps, and than a plain student's: what few-step
         distillation is for. Not asked of motion students, who take their look from elsewhere.
         """
-        kinds = dict.fromkeys(row.group for row in self.rows.values())
+        # Students of another teacher are measured beside its clips, not this one's.
+        kinds = dict.fromkeys(row.group for row in self.rows.values() if row.teacher == "teacher")
         students = [kind for kind in kinds if not is_teacher(kind) and f"{kind} 4" in self.rows]
         near = [kind for kind in students if not kind.startswith("motion")]
         claims = [(f"{kind} {n}", f"teacher {n}") for kind in near for n in (4, 2)]
@@ -116,7 +117,11 @@ class Judgement:
             if label in self.rows and other in self.rows and other != self.best
         ]
         if any(self.distance in row.figures for row in self.rows.values()):
-            out += [self._frechet_ratio(f"{kind} 4", self.best, "at most", 1.1) for kind in students]
+            # So few clips are far from any others: only what lies above real ones' distance says something.
+            out += [
+                self._frechet_ratio(f"{kind} 4", self.best, "at most", 1.1, less_null=ROUND_TRIP)
+                for kind in students
+            ]
         return out + [
             self._faster(self.best, f"{kind} 4", batch, 10.0) for batch in self.timings for kind in students
         ]
@@ -142,7 +147,7 @@ class Judgement:
             return []
         return [
             self._frechet_ratio("dual 4", best, "at most", 1.1),
-            self._frechet_ratio("dual 4", best, "at most", 1.1, less_null=True),
+            self._frechet_ratio("dual 4", best, "at most", 1.1, less_null=CONTROL),
             self._apart("dual 4", best, "at least", -2.0),
             self._apart("dual 2", best, "at least", -5.0),
             *(self._apart(f"dual {n}", f"teacher {n}", "at least", BY_FAR) for n in (4, 2)),
@@ -164,16 +169,16 @@ class Judgement:
         return f"no {measure} for {' and '.join(dumb)}" if dumb else ""
 
     def _frechet_ratio(
-        self, label: str, other: str, side: Side, limit: float, *, less_null: bool = False
+        self, label: str, other: str, side: Side, limit: float, *, less_null: str = ""
     ) -> Verdict:
         claim = f"{label}: Frechet over {other}'s" + (", both less real clips'" if less_null else "")
         skipped = partial(Verdict, claim, limit, side, "x", None)
-        absent = self._absent([label, other, *([CONTROL] if less_null else [])], self.distance)
+        absent = self._absent([label, other, *([less_null] if less_null else [])], self.distance)
         if absent:
             return skipped(absent)
         above, below = (self.rows[name].figures[self.distance] for name in (label, other))
         if less_null:
-            null = self.rows[CONTROL].figures[self.distance].value
+            null = self.rows[less_null].figures[self.distance].value
             above, below = (intervals.transform(f, lambda x: x - null) for f in (above, below))
             if below.estimate().low <= 0:
                 return skipped(f"{other} is not apart from real clips")

@@ -110,6 +110,7 @@ def export_pipeline(student: str | Path, teacher: str | Path, output: str | Path
         "pipeline": kind,
         "wanted": asdict(wanted),
         "plan": steps.plan.to_dict(),
+        "scheduler": type(steps.scheduler).__name__,
         "arguments": dict(steps.arguments),
     }
     lora = _keeps_lora(card, kind)

@@ -151,7 +151,7 @@ def run_of(folder, case, shapes, output):
 
 
 def every_case(folder, shapes, output, apart):
-    """Each with its student read whole, or in shards: by other processes, as DeepSpeed leaves marks on torch."""
+    """Each with its student read whole, or in shards: in other processes, as DeepSpeed changes torch."""
     found = {}
     for case in CASES:
         with patch.object(DistillConfig, "student_in_shards", PropertyMock(return_value=apart)):

@@ -27,12 +27,14 @@ UNETS = ("modelscope", "animatediff")
 CAPTIONS = ("a red square moves left", "the blue circle", "a circle moves slowly over", "plain")
 
 
-def write_real_latents(folder, pipeline, *, images=False, length=0, count=4, frames=17):
+def write_real_latents(folder, pipeline, *, images=False, length=0, count=4, frames=17, width=48):
     """What jobs/prepare.py makes of four clips, or images, with a pipeline's own codec and captions."""
     text = PromptEncoder(pipeline, length)
     encoder = Encoder(pipeline, text=text, batch_size=4)
     frames = 1 if images else 4 if "unet" in {p.name for p in pipeline.iterdir()} else frames
-    clips = [np.random.default_rng(i).integers(0, 256, (frames, 32, 48, 3), np.uint8) for i in range(count)]
+    clips = [
+        np.random.default_rng(i).integers(0, 256, (frames, 32, width, 3), np.uint8) for i in range(count)
+    ]
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
     identity = {"models": models_identity(pipeline, text.identity)}
     rows = [

@@ -1,5 +1,6 @@
 """What an evaluation of real teachers needs: small random pipelines, clips for them, students, a CLIP."""
 
+import pipeline_cases
 import torch
 from export_cases import FLOW, GRIDS, save_real_student, text_length
 from pipeline_cases import GUIDANCE, tokenizer
@@ -33,7 +34,8 @@ def write_clip(folder, size=28):
 def write_inputs(folder, kind, method):
     """folder/pipeline, folder/student of it, folder/data with twice as many clips as are sampled."""
     student, pipeline = save_real_student(folder, kind, method)
-    write_real_latents(folder / "data", pipeline, length=text_length(kind), count=2 * CLIPS, frames=5)
+    sizes = {"frames": 9, "width": 8 * pipeline_cases.latents_of(kind).shape[-1]}
+    write_real_latents(folder / "data", pipeline, length=text_length(kind), count=2 * CLIPS, **sizes)
     return student, pipeline
 
 

@@ -1,5 +1,6 @@
 """Verdicts, tables, pictures and curves from figures made by hand."""
 
+import dataclasses
 import io
 import json
 
@@ -131,6 +132,9 @@ def test_of_real_teachers_students_only_what_can_be_known_is_claimed():
     listed = [near("teacher 50", 0), near("teacher 4", 0.9), near("dual 4", 0.5), near("single 4", 0.4)]
     listed += [near("motion 4", 0.9), near("dual 2", 0.6)]
     rows = {one.label: one for one in listed}
+    real = {"features/frechet": far(1.0)}
+    rows["codec round trip"] = Row("codec round trip", "reference", 0, 0, 0.0, (), real)
+    rows["other 4"] = dataclasses.replace(near("other 4", 0.1), teacher="teacher_b")  # of its own clips
     timed = {"1": {"teacher 50": [2.0, 2.0], "dual 4": [0.1, 0.1], "single 4": [0.5, 0.5]}}
     found = Judgement(rows, Anchor(), timed, "features/frechet").of_real()
     outcomes = {verdict.claim: verdict.outcome for verdict in found}
@@ -138,9 +142,9 @@ def test_of_real_teachers_students_only_what_can_be_known_is_claimed():
         "dual 4: distance of latents to teacher 50's, less teacher 4's": "held",
         "single 4: distance of latents to teacher 50's, less teacher 4's": "held",
         "dual 4: distance of latents to teacher 50's, less single 4's": "not held",
-        "dual 4: Frechet over teacher 50's": "held",
-        "single 4: Frechet over teacher 50's": "held",
-        "motion 4: Frechet over teacher 50's": "held",
+        "dual 4: Frechet over teacher 50's, both less real clips'": "held",
+        "single 4: Frechet over teacher 50's, both less real clips'": "held",
+        "motion 4: Frechet over teacher 50's, both less real clips'": "held",
         "latency of teacher 50 over dual 4, batch 1": "held",
         "latency of teacher 50 over single 4, batch 1": "not held",
         "latency of teacher 50 over motion 4, batch 1": "skipped",
@@ -203,7 +207,7 @@ def test_markdown_table_lines_up_and_shows_intervals(results):
 
 
 def test_what_was_not_timed_in_turn_shows_no_time_and_a_study_names_its_columns(results):
-    assert "median of 7 rounds in turn" in report.footnote(results)
+    assert "median of 7 rounds, 1 threads, samplers in turn" in report.footnote(results)
     results["settings"] |= {"latency_rounds": 0, "columns": ["right/all"]}
     assert "not timed" in report.footnote(results)
     assert report._seconds(results, results["rows"][0]) == ("-", "")
