@@ -6,7 +6,7 @@ import time
 import torch
 from torch import nn
 
-from raydistill.config.distill import EngineConfig
+from raydistill.config.engine import EngineConfig
 from raydistill.config.stages import OptimizerConfig
 from raydistill.experts.counting import LiveBytes
 from raydistill.experts.engine import build_engine
@@ -94,12 +94,21 @@ def peaks(how: EngineConfig) -> dict[str, int]:
             engine.backward(loss)
             del loss
             found["backward"] = live.since()
-            time.sleep(0.1)  # gloo's threads hold what they have reduced a moment longer
+            settle(live)
             live.since()
             engine.step()
             found["step"] = live.since()
     engine.close()
     return found
+
+
+def settle(live: LiveBytes) -> None:
+    """Wait for gloo's threads, which hold what they have reduced a moment longer."""
+    last, since = live.live, time.monotonic()
+    while time.monotonic() - since < 0.2:
+        time.sleep(0.02)
+        if live.live != last:
+            last, since = live.live, time.monotonic()
 
 
 def planned(how: EngineConfig, workers: int) -> dict[str, int]:
