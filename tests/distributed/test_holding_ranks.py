@@ -4,7 +4,7 @@ import pytest
 from gloo_ranks import run_ranks
 from holding_cases import ENGINES, everything, planned
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

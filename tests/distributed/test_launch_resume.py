@@ -68,6 +68,7 @@ def run(run_dir: Path, **accident) -> Path:
     )
 
 
+@pytest.mark.long
 def test_killed_worker_resumes_bit_equal(local_ray, tmp_path, caplog):
     """SIGKILL of a random rank at a random step, and a flipped bit in the newest checkpoint then."""
     caplog.set_level(logging.WARNING, "raydistill.experts.launch")

@@ -7,7 +7,7 @@ import torch
 from gloo_ranks import run_ranks
 from sharding_cases import CASES, STEPS, both_ways, most_while_loading, passes
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 SHAPES = {"wan21": ((16, 3, 4, 6), (20, 16))}
 

@@ -19,7 +19,7 @@ from raydistill.models.codec import build_tiny_codec
 from raydistill.models.wan import build_tiny_teacher
 from raydistill.student import load_student
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 NUM_STEPS = 8
 STAGE = [f"num_steps={NUM_STEPS}", "global_batch=8", "optimizer.warmup_steps=1"]
@@ -62,7 +62,6 @@ def weights(run):
     return semantic | load_file(run / "student" / "detail.safetensors")
 
 
-@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stage", ["semantic", "detail"])
 def test_one_worker_under_zero_3_goes_on_with_the_student_of_two_under_zero_2(made, stage):
@@ -154,7 +153,6 @@ def reached(run):
     return {(one["stage"], one["step"]) for one in map(json.loads, lines)}
 
 
-@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_worker_killed_in_either_stage_leaves_no_trace_in_the_student(made):
     seed = random.SystemRandom().randrange(10**6)

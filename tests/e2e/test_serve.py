@@ -14,7 +14,7 @@ from serve_cases import Killer, deployment, served
 
 from raydistill.service.tables import EVENTS, open_database
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 TAIL = "2+tail"
 
 
@@ -55,14 +55,12 @@ def test_clients_may_rely_on_it(server, check):
     check(server)
 
 
-@pytest.mark.long
 def test_more_work_brings_more_replicas(server):
     jobs = [server.create(plan=TAIL, seed=i) for i in range(60)]
     server.wait_for_workers(lambda workers: len(workers) == 2)
     assert {server.wait(job)["status"] for job in jobs} == {"completed"}
 
 
-@pytest.mark.long
 def test_ten_killed_replicas_cost_no_video_and_make_none_twice(server):
     undisturbed = {
         seed: server.wait(server.create(plan=TAIL, seed=seed))["x_raydistill"]["latents_sha256"]
@@ -99,7 +97,6 @@ def test_ten_killed_replicas_cost_no_video_and_make_none_twice(server):
     assert not set(logged["failed"]) & set(jobs)
 
 
-@pytest.mark.long
 def test_a_canary_takes_its_share_and_is_rolled_back_without_loading_again(server):
     args = server.config["applications"][0]["args"]
     folder = server.folder
@@ -204,7 +201,6 @@ def test_a_client_that_hangs_up_cancels_its_synchronous_video(server):
         server.ask(f"/v1/videos/{job}", method="DELETE")
 
 
-@pytest.mark.long
 def test_a_restart_of_everything_keeps_the_queue(server, tmp_path_factory):
     """Another head, another Serve, stages in pools of their own: what was accepted before is made."""
     threads = [threading.Thread(target=server.create, kwargs={"plan": TAIL, "seed": 1}) for _ in range(8)]

@@ -110,7 +110,10 @@ def outcome(folder, micro_batch, rank=0, num_workers=1, *, recorded=False, **eng
     feed = batches(micro_batch, rank, num_workers, recorded=recorded)
     distill(stage, feed, report=lambda step, values: figures.append(values), **how)
     found = {role: one.weights() for role, one in stage.engines().items()}
-    found |= {f"slow {n}": slow.weights for n, (_, slow) in stage.parts()["averages"].copies.items()}
+    found |= {
+        f"slow {n}": dict(slow.whole(engine))
+        for n, (engine, slow) in stage.parts()["averages"].copies.items()
+    }
     last = norms(stage)
     stage.close()
     losses = {key: value for key, value in figures[0].items() if key.startswith("loss/")}
