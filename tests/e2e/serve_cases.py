@@ -100,7 +100,7 @@ class Served:
         assert status == 200, shown
         return shown
 
-    def wait(self, job: str, timeout_s: float = 120.0) -> dict:
+    def wait(self, job: str, timeout_s: float = 300.0) -> dict:
         deadline = time.monotonic() + timeout_s
         while (shown := self.show(job))["status"] in ("queued", "in_progress"):
             assert time.monotonic() < deadline, shown
